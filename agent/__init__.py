@@ -1,0 +1,1 @@
+"""idmark: source-address identities for Linux VPN gateways, by fwmark and `ip rule`."""

@@ -1,0 +1,326 @@
+"""The frozen values that every room of the agent shares. Standard library only."""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Literal, NamedTuple
+
+Address = IPv4Address | IPv6Address
+
+#: The routing protocol number of everything that is ours (deploy/rt_protos.d names it "idmark").
+PROTOCOL = 73
+#: Routing tables that the kernel gives a meaning of its own (linux/rtnetlink.h, enum rt_class_t).
+TABLE_MAIN = 254
+#: The largest metric there is: a route with it is the last resort of its table.
+METRIC_LAST = 0xFFFFFFFF
+
+
+class Family(enum.StrEnum):
+    """An address family, named as in the metrics' `family` label."""
+
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+
+    @property
+    def number(self) -> int:
+        """AF_INET or AF_INET6."""
+        return socket.AF_INET if self is Family.IPV4 else socket.AF_INET6
+
+    @property
+    def bits(self) -> int:
+        """Bits of an address: 32 or 128."""
+        return 32 if self is Family.IPV4 else 128
+
+    @property
+    def nft(self) -> str:
+        """The nft payload keyword: `ip` or `ip6`."""
+        return "ip" if self is Family.IPV4 else "ip6"
+
+    @property
+    def ip(self) -> str:
+        """The ip(8) command of this family, as an operator types it."""
+        return "ip" if self is Family.IPV4 else "ip -6"
+
+    @classmethod
+    def of(cls, address: Address) -> Family:
+        """The family of an address."""
+        return cls.IPV4 if address.version == 4 else cls.IPV6
+
+
+class Prefix(NamedTuple):
+    """A network: family, first address as an integer, length in bits. Sorts by family, address, length.
+
+    A named tuple and not a class of `ipaddress`: policies hold hundreds of thousands of them.
+    """
+
+    family: Family
+    address: int
+    length: int
+
+    @classmethod
+    def parse(cls, text: str) -> Prefix:
+        """Read `10.9.0.0/24`, `2001:db8::/32` or a bare address.
+
+        Raises ValueError, whose text completes "TEXT …": "is not a network", "has host bits set: …".
+        """
+        head, slash, tail = text.partition("/")
+        family = Family.IPV6 if ":" in head else Family.IPV4
+        try:
+            address = int.from_bytes(socket.inet_pton(family.number, head), "big")
+        except (OSError, ValueError):  # ValueError: an embedded NUL, or not ASCII
+            raise ValueError("is not a network") from None
+        length = family.bits
+        if slash:
+            # No sign, no blank, no "٣": what int() would take besides is no prefix length.
+            if not (tail.isascii() and tail.isdigit() and len(tail) <= 3 and int(tail) <= family.bits):
+                raise ValueError("is not a network")
+            length = int(tail)
+        host = (1 << family.bits - length) - 1
+        if address & host:
+            raise ValueError(f"has host bits set: the network is {cls(family, address & ~host, length)}")
+        return cls(family, address, length)
+
+    @classmethod
+    def host(cls, address: Address) -> Prefix:
+        """The network of one address."""
+        return cls(Family.of(address), int(address), address.max_prefixlen)
+
+    @classmethod
+    def default(cls, family: Family) -> Prefix:
+        """0.0.0.0/0 or ::/0."""
+        return cls(family, 0, 0)
+
+    @property
+    def last(self) -> int:
+        """The last address, as an integer."""
+        return self.address | (1 << self.family.bits - self.length) - 1
+
+    def __contains__(self, address: object) -> bool:
+        """Whether an IPv4Address or IPv6Address lies in the network."""
+        if not isinstance(address, IPv4Address | IPv6Address):
+            raise TypeError(f"{address!r} is no address")
+        return Family.of(address) is self.family and self.address <= int(address) <= self.last
+
+    def __str__(self) -> str:
+        """As nft and ip(8) print it: a whole address goes without its length."""
+        text = address_text(self.family, self.address)
+        return text if self.length == self.family.bits else f"{text}/{self.length}"
+
+
+def address_text(family: Family, value: int) -> str:
+    """The usual text of an address given as an integer."""
+    return socket.inet_ntop(family.number, value.to_bytes(family.bits // 8, "big"))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fwmark:
+    """A packet mark with its mask; a mark is never written without one: the other bits are the neighbours'."""
+
+    value: int
+    mask: int
+
+    def __post_init__(self) -> None:
+        if not self.value or self.value & ~self.mask:
+            raise ValueError(f"fwmark {self.value:#x} does not fit mask {self.mask:#x}")
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}/{self.mask:#x}"
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+#: What a policy says of a next hop: a point-to-point link, main's default on the link, or one address a family.
+NextHop = Literal["none", "auto"] | tuple[Address, ...]
+
+#: `when_down` of an identity that is to be closed while its link is down, and of one that then follows table main.
+UNREACHABLE = "unreachable"
+MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The `[kernel]` section: where in the kernel's name spaces we live."""
+
+    mark_mask: int = 0x3F000000
+    table_base: int = 4000
+    rule_priority: int = 4000
+    nft_table: str = "idmark"
+    hook_priority: int = -145
+    enforce: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One identity of the policy. `addresses` is None for "auto"; `members` are sorted and each is there once."""
+
+    name: str
+    id: int
+    link: str
+    fwmark: Fwmark
+    table: int
+    priority: int
+    addresses: tuple[Address, ...] | None
+    members: tuple[Prefix, ...] = ()
+    next_hop: NextHop = "auto"
+    when_down: str = UNREACHABLE
+    masquerade: bool = False
+    clamp_mss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy that passed the door. Identities are sorted by id; `downstream` is None for "auto".
+
+    `digest` is the SHA-256 (hex) of what the policy means: comments, order and the spelling of lists don't change it.
+    `warnings` are faults that an operator should hear of and that refuse nothing.
+    """
+
+    gateway: str
+    downstream: tuple[str, ...] | None
+    identities: tuple[Identity, ...]
+    kernel: Kernel = field(default_factory=Kernel)
+    digest: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def identity(self, name: str) -> Identity:
+        """The identity of that name. Raises KeyError."""
+        for identity in self.identities:
+            if identity.name == name:
+                return identity
+        raise KeyError(name)
+
+
+# --- the kernel's objects --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Hop:
+    """One next hop of a route: a link by its name, and the gateway's address unless the link leads straight there."""
+
+    link: str
+    via: Address | None = None
+    weight: int = 1
+
+    def __str__(self) -> str:
+        return f"via {self.via} dev {self.link}" if self.via else f"dev {self.link}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route of one of our tables, or of main. `kind` is a route type of ip-route(8); unicast routes have hops."""
+
+    destination: Prefix
+    table: int
+    hops: tuple[Hop, ...] = ()
+    kind: str = "unicast"
+    metric: int = 0
+    source: Address | None = None
+
+    @property
+    def family(self) -> Family:
+        return self.destination.family
+
+    @property
+    def key(self) -> tuple[Prefix, int, int]:
+        """What the kernel tells routes apart by; a second route with the same key replaces the first."""
+        return (self.destination, self.table, self.metric)
+
+    def __str__(self) -> str:
+        """The words behind `ip route add`."""
+        words = [] if self.kind == "unicast" else [self.kind]
+        words.append(str(self.destination) if self.destination.length else "default")
+        if len(self.hops) == 1:
+            words.append(str(self.hops[0]))
+        else:
+            words += [f"nexthop {hop} weight {hop.weight}" for hop in self.hops]
+        words.append(f"table {self.table}")
+        if self.metric:
+            words.append(f"metric {self.metric}")
+        if self.source:
+            words.append(f"src {self.source}")
+        words.append(f"protocol {PROTOCOL}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A policy routing rule that looks up a table: for a mark (fwmark), or for a source.
+
+    `extra` holds whatever else the kernel says of a rule (netlink attribute, value): none of ours has any, so that
+    a rule which somebody made under our protocol number can be told from ours, and deleted.
+    """
+
+    family: Family
+    priority: int
+    table: int
+    fwmark: Fwmark | None = None
+    source: Prefix | None = None
+    extra: tuple[tuple[str, str | int], ...] = ()
+
+    def __str__(self) -> str:
+        """The words behind `ip rule add`."""
+        words = [f"priority {self.priority}"]
+        words += [f"from {self.source}"] if self.source else []
+        words += [f"fwmark {self.fwmark}"] if self.fwmark else []
+        words += [f"{name} {value}" for name, value in self.extra]
+        words += [f"lookup {self.table}", f"protocol {PROTOCOL}"]
+        return " ".join(words)
+
+
+# --- what only the host knows ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """An address of a link with its prefix length; `scope_global` as `scope global` in ip-address(8)."""
+
+    address: Address
+    length: int
+    scope_global: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface. `up`: administratively; `carrier`: the lower layer too; `mtu` in bytes.
+
+    `rp_filter` and `src_valid_mark` are the values that take effect: the larger, and the OR, of the link's and `all`'s
+    (Documentation/networking/ip-sysctl.rst).
+    """
+
+    name: str
+    index: int
+    up: bool
+    carrier: bool
+    mtu: int
+    addresses: tuple[LinkAddress, ...] = ()
+    rp_filter: int = 0
+    src_valid_mark: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a policy needs to know of its host: the links, and those routes of main which it copies or points along."""
+
+    links: tuple[Link, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+    def link(self, name: str) -> Link | None:
+        """The link of that name, or None while there is none."""
+        return next((link for link in self.links if link.name == name), None)
+
+
+def sorted_addresses(addresses: Iterable[Address]) -> tuple[Address, ...]:
+    """IPv4 first, then by value; each once."""
+    return tuple(sorted(set(addresses), key=lambda address: (address.version, int(address))))
+
+
+def parse_address(text: str) -> Address:
+    """An address from its text. Raises ValueError: "is not an address"."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise ValueError("is not an address") from None
