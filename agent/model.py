@@ -197,16 +197,24 @@ class Policy:
 # --- the kernel's objects --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Hop:
-    """One next hop of a route: a link by its name, and the gateway's address unless the link leads straight there."""
+    """One next hop of a route: a link by its name, and the gateway's address unless the link leads straight there.
+
+    `onlink`: the gateway is taken to be on the link though no route says so (hosters' /32 set-ups).
+    """
 
     link: str
     via: Address | None = None
+    onlink: bool = False
     weight: int = 1
 
-    def __str__(self) -> str:
-        return f"via {self.via} dev {self.link}" if self.via else f"dev {self.link}"
+    def words(self, family: Family) -> str:
+        """As in ip-route(8). A gateway of the other family (RFC 5549) is announced by its family's name."""
+        words = f"dev {self.link}"
+        if self.via:
+            words = f"via {'' if Family.of(self.via) is family else 'inet6 '}{self.via} {words}"
+        return f"{words} onlink" if self.onlink else words
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,15 +242,15 @@ class Route:
         words = [] if self.kind == "unicast" else [self.kind]
         words.append(str(self.destination) if self.destination.length else "default")
         if len(self.hops) == 1:
-            words.append(str(self.hops[0]))
-        else:
-            words += [f"nexthop {hop} weight {hop.weight}" for hop in self.hops]
+            words.append(self.hops[0].words(self.family))
         words.append(f"table {self.table}")
         if self.metric:
             words.append(f"metric {self.metric}")
         if self.source:
             words.append(f"src {self.source}")
         words.append(f"protocol {PROTOCOL}")
+        if len(self.hops) > 1:
+            words += [f"nexthop {hop.words(self.family)} weight {hop.weight}" for hop in self.hops]
         return " ".join(words)
 
 
@@ -269,6 +277,87 @@ class Rule:
         words += [f"{name} {value}" for name, value in self.extra]
         words += [f"lookup {self.table}", f"protocol {PROTOCOL}"]
         return " ".join(words)
+
+
+# --- the nft table ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A rule of a chain: what nft reads, and the comment that stays with it in the kernel and tells it from others.
+
+    `text` is empty for a rule that was read back: nft never lists what was written, so texts can't be compared.
+    """
+
+    text: str
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """Where a base chain is called: its type, hook and priority. None of them can be changed in place."""
+
+    kind: str
+    hook: str
+    priority: int
+
+    def __str__(self) -> str:
+        return f"type {self.kind} hook {self.hook} priority {self.priority}; policy accept;"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain with its rules; `about` says, for the reviewer, what happens to a packet here."""
+
+    name: str
+    rules: tuple[Statement, ...] = ()
+    hook: Hook | None = None
+    about: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NftSet:
+    """A named set, or a map when `value` is given: key and value types, elements as nft writes them.
+
+    An element is (key, value): ("10.9.0.0/24", "goto id-inside"), in a set the value is "". `about` as for chains;
+    `pending` are elements that only the host knows, in words.
+    """
+
+    name: str
+    key: str
+    value: str = ""
+    interval: bool = False
+    elements: tuple[tuple[str, str], ...] = ()
+    about: tuple[str, ...] = field(default=(), compare=False)
+    pending: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def keyword(self) -> str:
+        """What nft calls it."""
+        return "map" if self.value else "set"
+
+    @property
+    def type(self) -> tuple[str, str, bool]:
+        """What can't be changed in place."""
+        return (self.key, self.value, self.interval)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Our nft table: names of counters, sets and maps, chains."""
+
+    name: str
+    counters: tuple[str, ...] = ()
+    sets: tuple[NftSet, ...] = ()
+    chains: tuple[Chain, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What a named counter holds."""
+
+    packets: int = 0
+    bytes: int = 0
 
 
 # --- what only the host knows ----------------------------------------------------------------------------------------

@@ -1,0 +1,366 @@
+"""The command line: verbs, printing, exit codes. The only room that prints or exits (the lab draws its own screen).
+
+Exit codes as diff(1): 0 in force or nothing found, 1 differs or something found, 2 trouble.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from agent.model import Policy
+    from agent.proof import Answer, Packet
+    from agent.reconcile import Kernel
+
+# Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
+
+DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
+OK, DIFFERS, TROUBLE = 0, 1, 2
+CAP_NET_ADMIN = 12
+
+
+class UsageError(Exception):
+    """What was asked can't be done as asked; the text says how it can."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    with suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    args = _parser().parse_args(argv)
+    # A unit that is stopped in the middle of an apply takes back what it had begun.
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return TROUBLE
+    except Exception as error:
+        for line in _explained(error):
+            print(line, file=sys.stderr)
+        return TROUBLE
+    return code
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _explained(error: Exception) -> list[str]:
+    """An error in one or a few lines. Those that the agent raises say what was being done; no other should come."""
+    from agent.kernel import KernelError  # noqa: PLC0415
+    from agent.lab import LabError  # noqa: PLC0415
+
+    names = {"PolicyError", "HostError", "ApplyError", "FactsError"}
+    if isinstance(error, UsageError | KernelError | LabError) or type(error).__name__ in names:
+        lines = str(error).splitlines()
+        return lines if type(error).__name__ == "PolicyError" else [f"idmark: {lines[0]}", *lines[1:]]
+    return [f"idmark: internal error, please report it: {type(error).__name__}: {error}"]
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> int:
+    """The policy alone; every fault."""
+    from agent.policy import PolicyError  # noqa: PLC0415
+
+    try:
+        policy = _policy(args, quiet=args.json)
+    except PolicyError as error:
+        if not args.json:
+            raise
+        print(
+            json.dumps({"usable": False, "faults": [_plain(fault) for fault in error.faults], "warnings": []}, indent=1)
+        )
+        return TROUBLE
+    if args.json:
+        warnings = list(policy.warnings)
+        print(json.dumps({"usable": True, "faults": [], "warnings": warnings, "digest": policy.digest}, indent=1))
+    else:
+        identities = ", ".join(identity.name for identity in policy.identities)
+        print(f"{args.policy}: good: {policy.gateway} with {identities}; policy {policy.digest[:12]}")
+    return OK
+
+
+def render(args: argparse.Namespace) -> int:
+    """The files of a review: to a folder, to stdout, or compared with what a folder holds."""
+    from agent import facts, render  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+
+    policy = _policy(args)
+    desired = desire(policy, facts.load(args.facts) if args.facts else None)
+    _host_faults(desired.faults)
+    files = render.files(desired)
+    if args.check:
+        if not args.output:
+            raise UsageError("render --check wants the folder to compare with: -o DIR")
+        different = [name for name, text in files.items() if _content(args.output / name) != text]
+        for name in different:
+            print(f"{args.output / name}: is not what {args.policy} renders to")
+        return DIFFERS if different else OK
+    if not args.output:
+        for name, text in files.items():
+            print(f"# ==> {name} <==\n{text}")
+        return OK
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (args.output / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"write {error.filename}: {error.strerror}") from error
+    print("\n".join(str(args.output / name) for name in files))
+    return OK
+
+
+def facts(args: argparse.Namespace) -> int:
+    """What the policy needs to know of this host, for `render --facts` elsewhere."""
+    from agent import facts  # noqa: PLC0415
+
+    policy = _policy(args)
+    with _kernel(args) as kernel:
+        print(facts.dump(facts.take(policy, kernel.rtnl, kernel.sysctls)), end="")
+    return OK
+
+
+def plan(args: argparse.Namespace) -> int:
+    """What `apply` would do, and the digest to approve it by."""
+    from agent.reconcile import look  # noqa: PLC0415
+
+    policy = _policy(args)
+    with _kernel(args) as kernel:
+        seen = look(policy, kernel)
+    steps = seen.plan.text
+    if args.json:
+        notes = list(seen.desired.notes)
+        print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": notes}, indent=1))
+    else:
+        _notes(seen.desired.notes)
+        print(steps, end="")
+        print(f"# plan {seen.plan.digest}" if steps else "# in force: nothing to do")
+    return DIFFERS if steps else OK
+
+
+def apply(args: argparse.Namespace) -> int:
+    """Put the policy in force."""
+    from agent import reconcile  # noqa: PLC0415
+    from agent.kernel import runtime  # noqa: PLC0415
+
+    policy = _policy(args)
+    with _kernel(args) as kernel, runtime.lock("apply"):
+        seen = reconcile.look(policy, kernel)
+        if args.expect and args.expect.lower() != seen.plan.digest:
+            print(seen.plan.text, end="")
+            _complain(f"the plan is {seen.plan.digest}, not {args.expect} as expected; nothing was changed")
+            return DIFFERS
+        _notes(seen.desired.notes)
+        reconcile.apply(seen.plan, kernel)
+        left = reconcile.look(policy, kernel).plan
+    if left.steps:
+        print(left.text, end="")
+        _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
+        return TROUBLE
+    changes = len(seen.plan.text.splitlines())
+    print(f"in force: {changes} changes, plan {seen.plan.digest}" if changes else "in force: nothing to do")
+    return OK
+
+
+def status(args: argparse.Namespace) -> int:
+    """Identities, links, ways out, counters, differences."""
+    from agent.reconcile import look  # noqa: PLC0415
+    from agent.status import report, text  # noqa: PLC0415
+
+    policy = _policy(args, quiet=args.json)
+    with _kernel(args) as kernel:
+        seen = look(policy, kernel)
+        found = report(policy, seen, kernel.nft.counts(policy.kernel.nft_table))
+    print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
+    return OK if found["in_force"] else DIFFERS
+
+
+def explain(args: argparse.Namespace) -> int:
+    """One packet's way, step by step, and whether the kernel agrees."""
+    from agent import proof  # noqa: PLC0415
+    from agent.model import Family, parse_address  # noqa: PLC0415
+    from agent.reconcile import look  # noqa: PLC0415
+
+    try:
+        source, destination = parse_address(args.source), parse_address(args.destination)
+    except ValueError as error:
+        raise UsageError(f"explain {args.source} {args.destination}: one of them {error}") from error
+    if Family.of(source) is not Family.of(destination):
+        raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
+    policy = _policy(args)
+    with _kernel(args) as kernel:
+        seen = look(policy, kernel)
+        arriving = args.arriving or proof.arrival(seen.desired, seen.facts, source)
+        packet = proof.Packet(source, destination, arriving)
+        local = {item.address for link in seen.facts.links for item in link.addresses}
+        explanation = proof.explain(seen.desired, packet, local, kernel.rtnl.rules(), _asker(kernel))
+    if args.json:
+        steps = [{"what": what, "words": words} for what, words in explanation.steps]
+        found = {"packet": str(packet), "identity": explanation.identity, "steps": steps, "agrees": explanation.agrees}
+        print(json.dumps(found, indent=1))
+    else:
+        print(packet)
+        for what, words in explanation.steps:
+            print(f"  {what:<10} {words}")
+    return DIFFERS if explanation.agrees is False else OK
+
+
+def _asker(kernel: Kernel) -> Callable[[Packet, int], Answer]:
+    def ask(packet: Packet, fwmark: int) -> Answer:
+        found = kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
+        return found.table, found.link, found.error or ""
+
+    return ask
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Take away all that is ours. Needs no policy."""
+    from agent import reconcile  # noqa: PLC0415
+    from agent.kernel import runtime  # noqa: PLC0415
+
+    with _kernel(args) as kernel, runtime.lock("remove"):
+        gone = reconcile.remove(kernel)
+    print(gone.text, end="")
+    print("removed" if gone.steps else "nothing of idmark's is here")
+    return OK
+
+
+def schema(args: argparse.Namespace) -> int:
+    """The policy's JSON Schema."""
+    from agent.policy import schema  # noqa: PLC0415
+
+    print(json.dumps(schema(), indent=1))
+    return OK
+
+
+def lab(args: argparse.Namespace) -> int:
+    """The lab's own words."""
+    from agent.lab import cli  # noqa: PLC0415
+
+    return cli.run(args)
+
+
+# --- what verbs share ------------------------------------------------------------------------------------------------
+
+
+def _policy(args: argparse.Namespace, *, quiet: bool = False) -> Policy:
+    from agent.policy import load  # noqa: PLC0415
+
+    policy = load(args.policy)
+    if not quiet:
+        for warning in policy.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return policy
+
+
+def _kernel(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from agent.kernel import netns  # noqa: PLC0415
+    from agent.reconcile import opened  # noqa: PLC0415
+
+    if not _may_administer():
+        raise UsageError(f"{args.verb} reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)")
+    if args.netns:
+        netns.enter(args.netns)
+    return opened()
+
+
+def _may_administer() -> bool:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    effective = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) >> CAP_NET_ADMIN & 1)
+
+
+def _host_faults(faults: tuple[str, ...]) -> None:
+    from agent.reconcile import HostError  # noqa: PLC0415
+
+    if faults:
+        raise HostError(faults)
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"read {path}: {error}") from error
+
+
+def _plain(fault: object) -> dict[str, object]:
+    return {name: getattr(fault, name) for name in ("file", "line", "path", "message")}
+
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _complain(words: str) -> None:
+    print(f"idmark: {words}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="idmark",
+        description="Everything from an address inside the VPN over the VPN, everything from the address outside over "
+        "the regular link, whatever the destination.",
+        epilog="Exit codes: 0 in force or nothing found, 1 differs or something found, 2 trouble.",
+    )
+    parser.add_argument("--version", action="version", version=f"idmark {_version()}")
+    parser.add_argument(
+        "-c", "--policy", type=Path, default=DEFAULT_POLICY, metavar="POLICY", help=f"the policy ({DEFAULT_POLICY})"
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for run, words, options in (
+        (check, "check the policy alone; every fault", ("json",)),
+        (render, "write ruleset.nft and routing.txt for review", ()),
+        (plan, "show what apply would do, and its digest", ("json", "netns")),
+        (apply, "put the policy in force", ("netns",)),
+        (status, "show identities, links, ways out and counters", ("json", "netns")),
+        (explain, "show one packet's way step by step, and whether the kernel agrees", ("json", "netns")),
+        (remove, "take away all that is idmark's; needs no policy", ("netns",)),
+        (facts, "print what the policy needs to know of this host, for render --facts", ("netns",)),
+        (schema, "print the policy's JSON Schema", ()),
+    ):
+        verb = verbs.add_parser(run.__name__, help=words, description=f"{words[0].upper()}{words[1:]}.")
+        verb.set_defaults(run=run)
+        if "json" in options:
+            verb.add_argument("--json", action="store_true", help="for a program")
+        if "netns" in options:
+            verb.add_argument("--netns", metavar="NAME", help="in this network namespace (see: ip netns)")
+    _options(verbs.choices)
+    from agent.lab import cli  # noqa: PLC0415
+
+    cli.add_parser(verbs)
+    verbs.choices["lab"].set_defaults(run=lab)
+    return parser
+
+
+def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
+    verbs["render"].add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder; else stdout")
+    verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
+    verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
+    verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
+    verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
+    verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
+    verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
+
+
+def _version() -> str:
+    return metadata.version("idmark")

@@ -1,0 +1,309 @@
+"""What a policy wants of a kernel: `Policy` and `Facts` → `Desired`, a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from agent.model import (
+    MAIN,
+    METRIC_LAST,
+    UNREACHABLE,
+    Address,
+    Facts,
+    Family,
+    Hop,
+    Identity,
+    Link,
+    Policy,
+    Prefix,
+    Route,
+    Rule,
+    sorted_addresses,
+)
+from agent.prefixes import Span, classes
+
+#: Metric of an identity's own default route; the roads of `when_down` follow behind it in their order.
+METRIC_OWN = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """An identity's way out in one family: the hops of its default route, or why it has none now (`closed`).
+
+    `unknown` says in words what only the host knows, in a review without facts.
+    """
+
+    family: Family
+    hops: tuple[Hop, ...] = ()
+    closed: str = ""
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """An identity as its host has it now: own addresses, the families it has, its ways out, its link's MTU (bytes)."""
+
+    identity: Identity
+    addresses: tuple[Address, ...]
+    ways: tuple[Way, ...]
+    mtu: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return tuple(way.family for way in self.ways)
+
+    def own(self, family: Family) -> tuple[Address, ...]:
+        """The own addresses of a family."""
+        return tuple(address for address in self.addresses if Family.of(address) is family)
+
+    def way(self, family: Family) -> Way | None:
+        """The way out in a family; None for a family that is not this identity's own."""
+        return next((way for way in self.ways if way.family is family), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """Everything that is to be in the kernel, and nothing of how to get there.
+
+    `classes` are disjoint: nft's interval maps refuse overlaps. `src_valid_mark` are links. `faults` are what the
+    policy gets wrong about this host, each a sentence; with any of them nothing may be applied. Without `host_known`
+    this is a review's view: what only the host knows is not in it.
+    """
+
+    policy: Policy
+    standings: tuple[Standing, ...]
+    classes: tuple[Span, ...]
+    routes: frozenset[Route]
+    rules: frozenset[Rule]
+    src_valid_mark: frozenset[str]
+    host_known: bool
+    faults: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should hear of: which identity is closed and why, what was not found."""
+        return tuple(note for standing in self.standings for note in standing_notes(standing))
+
+
+def desire(policy: Policy, facts: Facts | None) -> Desired:
+    """What the policy wants, given what its host has now; without facts, as much as a review can know."""
+    faults: list[str] = []
+    addresses = _addresses(policy, facts)
+    standings = tuple(_standing(identity, addresses[identity.name], facts, faults) for identity in policy.identities)
+    sources = [
+        (prefix, standing.identity.name)
+        for standing in standings
+        for prefix in (*map(Prefix.host, standing.addresses), *standing.identity.members)
+    ]
+    by_name = {standing.identity.name: standing for standing in standings}
+    routes = [route for standing in standings for route in _routes(policy, standing, by_name, facts)]
+    return Desired(
+        policy=policy,
+        standings=standings,
+        classes=classes(dict.fromkeys(sources)),
+        routes=frozenset({route.key: route for route in reversed(routes)}.values()),
+        rules=frozenset(rule for standing in standings for rule in _rules(standing)),
+        src_valid_mark=_src_valid_mark(policy, facts),
+        host_known=facts is not None,
+        faults=tuple(faults),
+    )
+
+
+def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], bool]:
+    """The identities whose ways are taken while the identity's link is down, in order, and whether main comes last."""
+    others: list[Identity] = []
+    while identity.when_down not in (UNREACHABLE, MAIN):
+        identity = policy.identity(identity.when_down)
+        others.append(identity)
+    return tuple(others), identity.when_down == MAIN
+
+
+def standing_notes(standing: Standing) -> Iterator[str]:
+    """One line for each family that is closed, and for what else is amiss."""
+    for way in standing.ways:
+        if way.closed:
+            yield f"identity {standing.identity.name}: {way.family} is closed: {way.closed}"
+    for note in standing.notes:
+        yield f"identity {standing.identity.name}: {note}"
+
+
+# --- standings -------------------------------------------------------------------------------------------------------
+
+
+def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, ...]]:
+    """Each identity's own addresses. "auto" is the link's global ones, but for those that another identity has."""
+    addresses = {identity.name: identity.addresses or () for identity in policy.identities}
+    taken = {Prefix.host(address) for own in addresses.values() for address in own}
+    taken.update(
+        prefix for identity in policy.identities for prefix in identity.members if prefix.length == prefix.family.bits
+    )
+    for identity in policy.identities:
+        link = facts.link(identity.link) if facts and identity.addresses is None else None
+        found = {
+            item.address
+            for item in (link.addresses if link else ())
+            if item.scope_global and not item.address.is_link_local and Prefix.host(item.address) not in taken
+        }
+        if found:
+            addresses[identity.name] = sorted_addresses(found)
+            taken.update(map(Prefix.host, found))
+    return addresses
+
+
+def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, faults: list[str]) -> Standing:
+    link = facts.link(identity.link) if facts else None
+    member_families = {prefix.family for prefix in identity.members}
+    families = [
+        family
+        for family in Family
+        # "auto" may get an address of either family at any moment: both are closed until then.
+        if identity.addresses is None or family in member_families or any(Family.of(a) is family for a in addresses)
+    ]
+    notes = []
+    if facts and identity.addresses:
+        there = {item.address for each in facts.links for item in each.addresses}
+        notes = [f"{address} is on no link of this host" for address in addresses if address not in there]
+    ways = []
+    for family in families:
+        own = any(Family.of(address) is family for address in addresses)
+        way = _way(identity, family, link, facts, faults)
+        if not way.closed and facts and not own:
+            if family not in member_families:
+                way = Way(family, closed=f"{identity.link} has no global {family} address")
+            elif identity.masquerade:
+                way = Way(family, closed=f"there is no {family} address to translate members to")
+        ways.append(way)
+    return Standing(identity, addresses, tuple(ways), link.mtu if link else None, tuple(notes))
+
+
+def _way(identity: Identity, family: Family, link: Link | None, facts: Facts | None, faults: list[str]) -> Way:
+    name = identity.link
+    explicit = () if isinstance(identity.next_hop, str) else identity.next_hop
+    gateway = next((address for address in explicit if Family.of(address) is family), None)
+    if facts is None:
+        if identity.next_hop == "auto":
+            return Way(family, unknown=f"main's {family} default on {name}")
+        return _explicit(family, name, gateway, point_to_point=identity.next_hop == "none")
+    if link is None:
+        return Way(family, closed=f"there is no link {name}")
+    if not link.up:
+        # The kernel takes no route along a link that is down (ENETDOWN).
+        return Way(family, closed=f"link {name} is down")
+    if identity.when_down != UNREACHABLE and not link.carrier:
+        # A default along a dead link would keep the packets from the road that `when_down` names.
+        return Way(family, closed=f"link {name} has no carrier")
+    if identity.next_hop == "auto":
+        defaults = [
+            route for route in facts.routes if route.destination == Prefix.default(family) and _hops_on(route, {name})
+        ]
+        if not defaults:
+            return Way(family, closed=f"main has no {family} default on {name}")
+        return Way(family, _hops_on(min(defaults, key=lambda route: (route.metric, str(route))), {name}))
+    if gateway is not None and not gateway.is_link_local:
+        networks = [route.destination for route in _connected(facts, {name}, family)]
+        if not networks:
+            return Way(family, closed=f"{name} has no {family} network yet for the next hop {gateway}")
+        if not any(gateway in network for network in networks):
+            on_link = ", ".join(map(str, networks))
+            faults.append(f"identity.{identity.name}.next_hop: {gateway} is not on {name}, which has {on_link}")
+    return _explicit(family, name, gateway, point_to_point=identity.next_hop == "none")
+
+
+def _explicit(family: Family, link: str, gateway: Address | None, point_to_point: bool) -> Way:
+    if gateway is None and not point_to_point:
+        return Way(family, closed=f"the policy names no {family} next hop")
+    return Way(family, (Hop(link, gateway),))
+
+
+# --- routes and rules ------------------------------------------------------------------------------------------------
+
+
+def _routes(policy: Policy, standing: Standing, others: dict[str, Standing], facts: Facts | None) -> Iterator[Route]:
+    """The routes of an identity's tables, the more important first: of two with one key the first stays."""
+    identity = standing.identity
+    detour, main_last = detours(policy, identity)
+    for way in standing.ways:
+        if facts:
+            for route in _connected(facts, {identity.link}, way.family):
+                yield replace(route, table=identity.table)
+            for route in downstream_routes(policy, facts, way.family):
+                yield replace(route, table=identity.table)
+        default = Route(Prefix.default(way.family), identity.table, metric=METRIC_OWN)
+        source = _source(standing, way.family, facts)
+        if way.hops:
+            yield replace(default, hops=way.hops, source=source)
+        for behind, other in enumerate(detour, start=1):
+            road = others[other.name].way(way.family)
+            if road and road.hops:
+                yield replace(default, hops=road.hops, metric=METRIC_OWN + behind)
+        if not main_last:
+            yield replace(default, kind="unreachable", metric=METRIC_LAST)
+
+
+def _source(standing: Standing, family: Family, facts: Facts | None) -> Address | None:
+    """The address that a local program gets which asked for the identity by its mark and is bound to none.
+
+    Only one that is on the link: the kernel refuses a route whose `src` it doesn't have.
+    """
+    own = standing.own(family)
+    if facts:
+        link = facts.link(standing.identity.link)
+        there = {item.address for item in link.addresses} if link else set()
+        own = tuple(address for address in own if address in there)
+    return own[0] if own else None
+
+
+def downstream_routes(policy: Policy, facts: Facts, family: Family) -> Iterator[Route]:
+    """Main's routes to the hosts behind this gateway; they are good for every identity.
+
+    Without them a source prefix that contains one of the gateway's LAN addresses sends the gateway's own packets to
+    its LAN out by the identity's link: no ping, no neighbour advertisement, no "fragmentation needed".
+    """
+    if policy.downstream is None:
+        ours = {identity.link for identity in policy.identities}
+        yield from _connected(facts, {link.name for link in facts.links} - ours - {"lo"}, family)
+        return
+    for route in facts.routes:
+        hops = _hops_on(route, set(policy.downstream))
+        if route.family is family and route.destination.length and hops and not _link_local(route):
+            yield replace(route, hops=hops)
+
+
+def _connected(facts: Facts, links: set[str], family: Family) -> Iterator[Route]:
+    """Main's routes that lead straight onto one of the links. Link-local ones never leave their link anyway."""
+    for route in facts.routes:
+        if route.family is family and route.destination.length and not _link_local(route):
+            hops = _hops_on(route, links)
+            if hops and not any(hop.via for hop in hops):
+                yield replace(route, hops=hops)
+
+
+def _hops_on(route: Route, links: set[str]) -> tuple[Hop, ...]:
+    return tuple(hop for hop in route.hops if hop.link in links)
+
+
+def _link_local(route: Route) -> bool:
+    return route.family is Family.IPV6 and route.destination.address >> 118 == 0xFE80 >> 6
+
+
+def _rules(standing: Standing) -> Iterator[Rule]:
+    """Two rules, always: the mark's for forwarded and translated packets, the source's for the host's own addresses.
+
+    The mark comes too late for local packets: their first route lookup, which may fail and which chooses the MSS, is
+    before the output hook.
+    """
+    identity = standing.identity
+    for family in standing.families:
+        yield Rule(family, identity.priority, identity.table, fwmark=identity.fwmark)
+        for address in standing.own(family):
+            yield Rule(family, identity.priority, identity.table, source=Prefix.host(address))
+
+
+def _src_valid_mark(policy: Policy, facts: Facts | None) -> frozenset[str]:
+    """The identities' links on which strict rp_filter would judge a packet by main, and not by its mark's table."""
+    if facts is None:
+        return frozenset()
+    links = filter(None, (facts.link(identity.link) for identity in policy.identities))
+    return frozenset(link.name for link in links if link.rp_filter == 1)

@@ -1,0 +1,172 @@
+"""The draft: a policy's document with the lists that it names, as far as they are sound."""
+
+from __future__ import annotations
+
+import stat
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from agent.document import Document, IdentityTable, KernelTable, ListFile, parse_source
+from agent.faults import Fault, dotted, plain
+from agent.model import Family, Prefix
+from agent.toml_lines import Lines, Place
+
+T = TypeVar("T")
+
+#: The largest file that is read, policy or list: some three million prefixes.
+FILE_LIMIT = 64 << 20
+#: A list that is wholly wrong (another format, say) is not told line by line.
+FAULTS_PER_LIST = 20
+
+
+class UnreadableError(Exception):
+    """A file that isn't there, or isn't text. The message completes "FILE …"."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_text(path: Path) -> str:
+    """The text of a policy or a list. Raises UnreadableError."""
+    try:
+        # Asked before it is opened: opening a FIFO waits for its writer.
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise UnreadableError("is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(FILE_LIMIT + 1)
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UnreadableError(f"cannot be read: {error}") from error
+    if len(data) > FILE_LIMIT:
+        raise UnreadableError(f"is larger than {FILE_LIMIT >> 20} MiB")
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise UnreadableError("begins with a byte order mark: save it as UTF-8 without one", line=1)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UnreadableError("is not UTF-8", line=data.count(b"\n", 0, error.start) + 1) from error
+
+
+#: The keys of an identity that hold sources, and what one of them is to it.
+ROLES = {"addresses": "an address", "members": "a member"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Prefixes of one identity that stand in one file, each with its line, and the faults of what else stands there."""
+
+    identity: str
+    key: Literal["addresses", "members"]
+    file: str
+    prefixes: Sequence[Prefix]
+    lines: Sequence[int]
+    faults: Sequence[Fault] = ()
+
+    @property
+    def path(self) -> str:
+        return dotted(("identity", self.identity, self.key))
+
+
+def first_faults(source: Source, wrong: Iterable[tuple[int, T]], tell: Callable[[T], str]) -> Iterator[Fault]:
+    """What is wrong in a source, by line: as much as a person will read, and how much more there is."""
+    entries = iter(wrong)
+    for line, entry in islice(entries, FAULTS_PER_LIST):
+        yield Fault(source.file, line, source.path, tell(entry))
+    if more := [line for line, _ in entries]:
+        yield Fault(source.file, more[0], source.path, f"… and {len(more)} more")
+
+
+def _read_list(identity: str, file: str, text: str) -> Source:
+    """A prefix a line, `#` comments."""
+    prefixes: list[Prefix] = []
+    lines = array("L")
+    wrong: list[tuple[int, str]] = []
+    for line, content in enumerate(text.split("\n"), 1):
+        entry = content.partition("#")[0].strip()
+        if not entry:
+            continue
+        try:
+            prefixes.append(parse_source(entry))
+        except ValueError as error:
+            wrong.append((line, f"{plain(entry)} {error}"))
+        else:
+            lines.append(line)
+    source = Source(identity, "members", file, prefixes, lines)
+    return replace(source, faults=tuple(first_faults(source, wrong, str)))
+
+
+class Draft:
+    """All that the checks look at. What is None in it is at fault, and has been told."""
+
+    def __init__(self, path: Path, document: Document, lines: Lines) -> None:
+        self.path = path
+        self.file = str(path)
+        self.document = document
+        self.lines = lines
+        self.names = tuple(document.identity or ())
+        self.identities = [(name, table) for name, table in (document.identity or {}).items() if table is not None]
+        self.kernel = document.kernel or KernelTable.model_validate(dict.fromkeys(KernelTable.model_fields))
+        self.sources = [source for name, table in self.identities for source in self._read(name, table)]
+
+    def _read(self, name: str, table: IdentityTable) -> Iterator[Source]:
+        if isinstance(table.addresses, list):
+            own = {i: Prefix.host(address) for i, address in enumerate(table.addresses) if address is not None}
+            yield self._inline(name, "addresses", own)
+        members = dict(enumerate(table.members or ()))
+        yield self._inline(name, "members", {i: member for i, member in members.items() if isinstance(member, Prefix)})
+        for index, member in members.items():
+            if isinstance(member, ListFile):
+                yield self._list(name, index, member)
+
+    def _inline(self, name: str, key: Literal["addresses", "members"], prefixes: dict[int, Prefix]) -> Source:
+        lines = [self.lines.of(("identity", name, key, index)) or 0 for index in prefixes]
+        return Source(name, key, self.file, list(prefixes.values()), lines)
+
+    def _list(self, name: str, index: int, member: ListFile) -> Source:
+        path = self.path.parent / member.name
+        try:
+            return _read_list(name, str(path), read_text(path))
+        except UnreadableError as error:
+            line = f" (line {error.line})" if error.line else ""
+            fault = self.fault(("identity", name, "members", index), f"{plain(str(path))} {error}{line}")
+            return Source(name, "members", str(path), (), (), [fault])
+
+    def fault(self, where: Place, message: str) -> Fault:
+        """A fault of the policy's own file."""
+        return Fault(self.file, self.lines.of(where), dotted(where), message)
+
+    def owner(self, *where: str | int) -> str:
+        """The identity that a key belongs to, and the key's line: where the reader finds the other half of a fault."""
+        return f"{dotted(where[:2])} (line {self.lines.of(where)})"
+
+    @cached_property
+    def families(self) -> dict[tuple[str, str], set[Family]]:
+        """The families of an identity's own addresses and of its members, by its name and the key of these."""
+        families = {(name, key): set[Family]() for name in self.names for key in ROLES}
+        for source in self.sources:
+            families[source.identity, source.key].update(prefix.family for prefix in source.prefixes)
+        for name, table in self.identities:
+            if table.addresses == "auto":
+                families[name, "addresses"].update(Family)
+        return families
+
+    @cached_property
+    def known(self) -> list[tuple[str, IdentityTable, list[Family]]]:
+        """The identities all of whose sources are known, with the families that they have."""
+        unknown = {source.identity for source in self.sources if source.faults}
+        for name, table in self.identities:
+            if None in (table.addresses, table.members, *(table.addresses or ()), *(table.members or ())):
+                unknown.add(name)
+        return [
+            (name, table, sorted(self.families[name, "addresses"] | self.families[name, "members"]))
+            for name, table in self.identities
+            if name not in unknown
+        ]

@@ -1,0 +1,10 @@
+"""The seams to the kernel: thin, typed, and the only rooms that know netlink, libnftables and /proc."""
+
+
+class KernelError(Exception):
+    """The kernel refused. `doing` says what was asked of it, `why` what it answered."""
+
+    def __init__(self, doing: str, why: str) -> None:
+        super().__init__(f"{doing}: {why}")
+        self.doing = doing
+        self.why = why

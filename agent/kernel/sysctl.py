@@ -1,0 +1,74 @@
+"""The one per-link sysctl that we may change, `src_valid_mark`, and the two that say whether we need to.
+
+With strict rp_filter a packet that is translated to a host behind us is judged by the table of its mark only where
+`src_valid_mark` is set. Never `conf/all`: it would judge every other mark user's packets too (tailscale#19796).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from agent.kernel import KernelError
+from agent.kernel.runtime import read_record, write_record
+
+#: /proc/sys/net shows the namespace of the thread that opens it.
+CONF = Path("/proc/sys/net/ipv4/conf")
+
+
+class Sysctls:
+    """The sysctls of this namespace. `record` is where it is kept which links we changed. Methods raise KernelError."""
+
+    def __init__(self, record: Path) -> None:
+        self._record = record
+
+    def rp_filter(self, link: str) -> int:
+        """The value that takes effect: the larger of `all` and the link's; 1 is strict (ip-sysctl.rst)."""
+        return max(self._read("all", "rp_filter"), self._read(link, "rp_filter"))
+
+    def src_valid_mark(self, link: str) -> bool:
+        """The value that takes effect: `all` or the link's."""
+        return bool(self._read("all", "src_valid_mark") or self._read(link, "src_valid_mark"))
+
+    def ours(self) -> frozenset[str]:
+        """The links on which it is we who set src_valid_mark; one that was re-created since is not among them."""
+        return frozenset(link for link, index in read_record(self._record).items() if _index(link) == index)
+
+    def set_src_valid_mark(self, link: str) -> None:
+        """Set it. The record is written first: a crash in between gives back too much, never too little."""
+        index = _index(link)
+        if index is None:
+            raise KernelError(f"set src_valid_mark on {link}", "no such link")
+        write_record(self._record, read_record(self._record) | {link: index})
+        self._write(link, "1")
+
+    def restore_src_valid_mark(self, link: str) -> None:
+        """Clear it where we had set it."""
+        record = read_record(self._record)
+        if record.pop(link, None) == _index(link) is not None:
+            self._write(link, "0")
+        write_record(self._record, record)
+
+    def _read(self, link: str, name: str) -> int:
+        path = CONF / link / name
+        try:
+            return int(path.read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return 0  # the link is gone, or has no IPv4
+        except OSError as error:
+            raise KernelError(f"read {path}", os.strerror(error.errno or 0)) from error
+
+    def _write(self, link: str, value: str) -> None:
+        path = CONF / link / "src_valid_mark"
+        try:
+            path.write_text(value, encoding="ascii")
+        except OSError as error:
+            raise KernelError(f"write {value} to {path}", os.strerror(error.errno or 0)) from error
+
+
+def _index(link: str) -> int | None:
+    try:
+        return socket.if_nametoindex(link)
+    except OSError:
+        return None

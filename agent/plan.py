@@ -1,0 +1,218 @@
+"""`Desired` and `Observed` → `Plan`: what to do, in the order to do it in, as text that reads like a script."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from agent import ruleset
+from agent.desired import Desired
+from agent.model import METRIC_LAST, Route, Rule, Table
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the kernel has that is ours: routes and rules by protocol number, the nft table, links by our own record.
+
+    `rules` keep the kernel's order and may hold one twice. `other_tables` are ours from when the policy named the
+    table otherwise. `src_valid_mark` are the links where it takes effect,
+    `src_valid_mark_ours` those where we set it.
+    """
+
+    routes: frozenset[Route] = frozenset()
+    rules: tuple[Rule, ...] = ()
+    table: Table | None = None
+    other_tables: tuple[str, ...] = ()
+    src_valid_mark: frozenset[str] = frozenset()
+    src_valid_mark_ours: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class AddRoute:
+    route: Route
+
+    def lines(self) -> Iterator[str]:
+        yield f"+ {self.route.family.ip} route add {self.route}"
+
+    def inverse(self) -> Step:
+        return DeleteRoute(self.route)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRoute:
+    """One route in the place of another with the same key: no moment without either."""
+
+    old: Route
+    new: Route
+
+    def lines(self) -> Iterator[str]:
+        yield f"- {self.old.family.ip} route delete {self.old}"
+        yield f"+ {self.new.family.ip} route replace {self.new}"
+
+    def inverse(self) -> Step:
+        return ReplaceRoute(self.new, self.old)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRoute:
+    route: Route
+
+    def lines(self) -> Iterator[str]:
+        yield f"- {self.route.family.ip} route delete {self.route}"
+
+    def inverse(self) -> Step:
+        return AddRoute(self.route)
+
+
+@dataclass(frozen=True, slots=True)
+class AddRule:
+    rule: Rule
+
+    def lines(self) -> Iterator[str]:
+        yield f"+ {self.rule.family.ip} rule add {self.rule}"
+
+    def inverse(self) -> Step:
+        return DeleteRule(self.rule)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRule:
+    rule: Rule
+
+    def lines(self) -> Iterator[str]:
+        yield f"- {self.rule.family.ip} rule delete {self.rule}"
+
+    def inverse(self) -> Step:
+        return AddRule(self.rule)
+
+
+@dataclass(frozen=True, slots=True)
+class SetSrcValidMark:
+    link: str
+    on: bool
+
+    def lines(self) -> Iterator[str]:
+        # With slashes: a link's name may hold a dot (sysctl(8)).
+        yield f"{'+' if self.on else '-'} sysctl -w net/ipv4/conf/{self.link}/src_valid_mark={int(self.on)}"
+
+    def inverse(self) -> Step:
+        return SetSrcValidMark(self.link, not self.on)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One nft transaction, on these tables. Its inverse is their listing from before: only who acts can take that."""
+
+    tables: tuple[str, ...]
+    commands: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.commands) + "\n"
+
+    def lines(self) -> Iterator[str]:
+        for line in self.text.splitlines():
+            words = line.strip()
+            if words and not words.startswith("#"):
+                yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
+
+
+Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Load
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps in the order to take them: make before break. An empty plan says that everything is in force."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def text(self) -> str:
+        """A line a change, `+` or `-`; the reviewer's text, and what the digest is taken of."""
+        return "".join(f"{line}\n" for step in self.steps for line in step.lines())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def plan(desired: Desired, observed: Observed) -> Plan:
+    """How to get from what is there to what is wanted.
+
+    Order: routes, rules, marks; and backwards when taking away. A mark without its rule follows main, a rule without
+    its table's last route falls through to main: both would be leaks.
+    """
+    wanted = ruleset.table(desired)
+    commands = (*ruleset.transaction(wanted, observed.table), *_delete_tables(observed.other_tables))
+    add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
+    add_rules, delete_rules = _rule_steps(desired.rules, observed.rules)
+    return Plan(
+        (
+            *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
+            *add_routes,
+            *add_rules,
+            *([Load((wanted.name, *observed.other_tables), commands)] if commands else []),
+            *delete_rules,
+            *delete_routes,
+            *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
+        )
+    )
+
+
+def removal(observed: Observed) -> Plan:
+    """How to take away all that is ours: it needs no policy."""
+    tables = (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
+    return Plan(
+        (
+            *([Load(tables, _delete_tables(tables))] if tables else []),
+            *map(DeleteRule, observed.rules),
+            *map(DeleteRoute, sorted(observed.routes, key=_deletion_order)),
+            *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours)),
+        )
+    )
+
+
+def _delete_tables(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"delete table inet {name}" for name in names)
+
+
+def _route_steps(desired: frozenset[Route], observed: frozenset[Route]) -> tuple[list[Step], list[Step]]:
+    """Steps before the marks change, and steps after."""
+    there: dict[object, Route] = {}
+    for route in sorted(observed - desired, key=str):
+        there.setdefault(route.key, route)
+    kept = {route.key for route in observed & desired}
+    before: list[Step] = []
+    for route in sorted(desired - observed, key=addition_order):
+        old = there.pop(route.key, None) if route.key not in kept else None
+        before.append(ReplaceRoute(old, route) if old else AddRoute(route))
+    replaced = {step.old for step in before if isinstance(step, ReplaceRoute)}
+    return before, [DeleteRoute(route) for route in sorted(observed - desired - replaced, key=_deletion_order)]
+
+
+def _rule_steps(desired: frozenset[Rule], observed: Iterable[Rule]) -> tuple[list[Step], list[Step]]:
+    """Rules to add, and rules to delete: what is not wanted, and what is there twice."""
+    there = Counter(observed)
+    surplus = [rule for rule, count in there.items() for _ in range(count - (rule in desired))]
+    return (
+        [AddRule(rule) for rule in sorted(desired - set(there), key=rule_order)],
+        [DeleteRule(rule) for rule in sorted(surplus, key=rule_order)],
+    )
+
+
+def rule_order(rule: Rule) -> tuple[object, ...]:
+    return (rule.family, rule.priority, rule.table, rule.fwmark is None, str(rule))
+
+
+def addition_order(route: Route) -> tuple[object, ...]:
+    """A table's last route first: it is never open. Then the links' networks, in which gateways are looked for."""
+    through_gateway = any(hop.via for hop in route.hops)
+    return (route.metric != METRIC_LAST, through_gateway, route.family, route.table, route.destination, route.metric)
+
+
+def _deletion_order(route: Route) -> tuple[object, ...]:
+    """A table's last route goes last."""
+    return (route.metric == METRIC_LAST, route.family, route.table, route.destination, route.metric, str(route))

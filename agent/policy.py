@@ -1,0 +1,125 @@
+"""The door: the text of a policy to a `Policy`, or every fault in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from agent.checks import CHECKS, WARNINGS
+from agent.document import read_document, schema
+from agent.draft import Draft, UnreadableError, read_text
+from agent.faults import Fault, in_order
+from agent.model import Fwmark, Identity, Kernel, Policy, sorted_addresses
+from agent.toml_lines import Lines
+
+__all__ = ["Fault", "PolicyError", "load", "schema"]
+
+
+class PolicyError(Exception):
+    """A policy that can't be used. `faults` holds all that is wrong with it, sorted by file and line."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = in_order(faults)
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+def load(path: Path) -> Policy:
+    """Read and check a policy and its lists. Raises PolicyError, with every fault that there is."""
+    file = str(path)
+    try:
+        text = read_text(path)
+        tables = tomllib.loads(text)
+    except UnreadableError as error:
+        raise PolicyError([Fault(file, error.line, "", str(error))]) from error
+    except RecursionError as error:
+        raise PolicyError([Fault(file, None, "", "is not TOML: nested too deeply")]) from error
+    except ValueError as error:  # TOMLDecodeError, and int()'s own for a number of thousands of digits
+        raise PolicyError([_syntax_fault(file, text, str(error))]) from error
+    document, wrong = read_document(tables)
+    draft = Draft(path, document, Lines(text))
+    faults = [draft.fault(where, message) for where, message in wrong]
+    faults += (fault for check in CHECKS for fault in check(draft))
+    if faults:
+        raise PolicyError(faults)
+    policy = _policy(draft)
+    warnings = in_order(fault for check in WARNINGS for fault in check(draft))
+    return replace(policy, digest=_digest(policy), warnings=tuple(map(str, warnings)))
+
+
+def _syntax_fault(file: str, text: str, message: str) -> Fault:
+    """tomllib says where in its message: "… (at line 3, column 5)", "… (at end of document)"."""
+    at = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    if at is None:
+        return Fault(file, None, "", f"is not TOML: {message}")
+    message = message[: at.start()]
+    if at[1] is None:
+        return Fault(file, text.rstrip().count("\n") + 1, "", f"is not TOML: {message}, at the end of the file")
+    return Fault(file, int(at[1]), "", f"is not TOML: {message}, column {at[2]}")
+
+
+def _policy(draft: Draft) -> Policy:
+    """The policy, of a draft that every check has passed."""
+    # Nothing in it is None any longer, which its types cannot say: hence Any.
+    document: Any = draft.document
+    kernel = Kernel(**dict(document.kernel))
+    identities = [_identity(kernel, draft, name, table) for name, table in draft.identities]
+    return Policy(
+        gateway=document.gateway,
+        downstream=None if document.downstream == "auto" else tuple(sorted(document.downstream)),
+        identities=tuple(sorted(identities, key=lambda identity: identity.id)),
+        kernel=kernel,
+    )
+
+
+def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
+    mask = kernel.mark_mask
+    sources = [source for source in draft.sources if (source.identity, source.key) == (name, "members")]
+    return Identity(
+        name=name,
+        id=table.id,
+        link=table.link,
+        fwmark=Fwmark(table.id * (mask & -mask), mask),
+        table=kernel.table_base + table.id,
+        priority=kernel.rule_priority + table.id,
+        addresses=None if table.addresses == "auto" else sorted_addresses(table.addresses),
+        members=tuple(sorted(chain.from_iterable(source.prefixes for source in sources))),
+        next_hop=sorted_addresses(table.next_hop) if isinstance(table.next_hop, list) else table.next_hop,
+        when_down=table.when_down,
+        masquerade=table.masquerade,
+        clamp_mss=table.clamp_mss,
+    )
+
+
+def _digest(policy: Policy) -> str:
+    """SHA-256 over what the policy means, in an order of its own."""
+    digest = hashlib.sha256()
+    for line in _canonical(policy):
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _canonical(policy: Policy) -> Iterator[str]:
+    """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
+    frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": asdict(policy.kernel)}
+    yield json.dumps(frame, sort_keys=True)
+    for identity in policy.identities:
+        fields = {
+            "name": identity.name,
+            "id": identity.id,
+            "link": identity.link,
+            "addresses": identity.addresses and [*map(str, identity.addresses)],
+            "next_hop": identity.next_hop if isinstance(identity.next_hop, str) else [*map(str, identity.next_hop)],
+            "when_down": identity.when_down,
+            "masquerade": identity.masquerade,
+            "clamp_mss": identity.clamp_mss,
+        }
+        yield json.dumps(fields, sort_keys=True)
+        for member in identity.members:
+            yield f"{member.family} {member.address:x}/{member.length}"

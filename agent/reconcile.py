@@ -1,0 +1,178 @@
+"""One pass: observe, plan, apply in order. The only meeting of the pure rooms and the seams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from agent import facts as host
+from agent import model, ruleset
+from agent.desired import Desired, desire
+from agent.kernel import KernelError, nfnl, runtime
+from agent.kernel.nft import Nft
+from agent.kernel.rtnl import Rtnl
+from agent.kernel.sysctl import Sysctls
+from agent.model import Facts, Policy
+from agent.plan import (
+    AddRoute,
+    AddRule,
+    DeleteRoute,
+    DeleteRule,
+    Load,
+    Observed,
+    Plan,
+    ReplaceRoute,
+    SetSrcValidMark,
+    Step,
+    plan,
+    removal,
+)
+
+log = logging.getLogger(__name__)
+
+
+class HostError(Exception):
+    """The policy can't be in force on this host; `faults` say why, each a sentence. Nothing was changed."""
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+class ApplyError(Exception):
+    """A step failed. The text says which, and what is in force now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The seams, all opened in one network namespace."""
+
+    rtnl: Rtnl
+    nft: Nft
+    sysctls: Sysctls
+
+
+@contextmanager
+def opened() -> Iterator[Kernel]:
+    """The seams to the kernel of this thread's namespace. Raises KernelError."""
+    with Rtnl() as rtnl:
+        yield Kernel(rtnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at the host showed, what the policy makes of it, and what there is to do."""
+
+    facts: Facts
+    desired: Desired
+    observed: Observed
+    plan: Plan
+
+
+def look(policy: Policy, kernel: Kernel) -> Look:
+    """Read the kernel and plan. Changes nothing. Raises KernelError, and HostError for a policy that can't be here."""
+    facts = host.take(policy, kernel.rtnl, kernel.sysctls)
+    desired = desire(policy, facts)
+    if desired.faults:
+        raise HostError(desired.faults)
+    observed = observe(kernel, policy.kernel.nft_table, facts)
+    return Look(facts, desired, observed, plan(desired, observed))
+
+
+def observe(kernel: Kernel, table: str, facts: Facts) -> Observed:
+    """What the kernel has that is ours. Raises KernelError."""
+    return Observed(
+        routes=kernel.rtnl.our_routes(),
+        rules=kernel.rtnl.our_rules(),
+        table=kernel.nft.table(table),
+        other_tables=tuple(name for name in _idmark_tables() if name != table and _is_ours(kernel, name)),
+        src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
+        src_valid_mark_ours=kernel.sysctls.ours(),
+    )
+
+
+def _idmark_tables() -> Iterator[str]:
+    return (name for name in nfnl.tables() if name.startswith(model.Kernel().nft_table))
+
+
+def _is_ours(kernel: Kernel, name: str) -> bool:
+    """A table of ours carries its rules' digest; one that only sounds like ours may be an operator's."""
+    table = kernel.nft.table(name)
+    return table is not None and ruleset.digest(table) is not None
+
+
+def apply(chosen: Plan, kernel: Kernel) -> None:
+    """Take the steps of a plan in their order.
+
+    When one fails, those before it are taken back in reverse: what was in force before is in force again. Raises
+    ApplyError, which says so, or which says what could not be taken back; then enforcement or a table's last route
+    keeps the identities closed.
+    """
+    undo: list[Step] = []
+    try:
+        # libnftables and the kernel look the ruleset over before anything is touched.
+        for step in chosen.steps:
+            if isinstance(step, Load):
+                kernel.nft.check(step.text)
+        for step in chosen.steps:
+            back = _before(step, kernel)
+            _take(step, kernel)
+            undo.append(back)
+    except BaseException as error:  # also Ctrl-C and SIGTERM: never a mixture
+        left = _take_back(undo, kernel)
+        if left:
+            raise ApplyError(f"{error}; and what was done could not all be taken back: {'; '.join(left)}") from error
+        if isinstance(error, KernelError):
+            raise ApplyError(f"{error}; what was in force before still is") from error
+        raise
+
+
+def remove(kernel: Kernel) -> Plan:
+    """Take away all that is ours, and say what that was; it needs no policy. Raises KernelError or ApplyError."""
+    taken = removal(observe(kernel, model.Kernel().nft_table, Facts()))
+    apply(taken, kernel)
+    return taken
+
+
+def _before(step: Step, kernel: Kernel) -> Step:
+    """The step back. Only the kernel knows what an nft transaction is going to change: its table is listed before."""
+    if not isinstance(step, Load):
+        return step.inverse()
+    commands = []
+    for name in step.tables:
+        # `add` and `delete` in front: it goes whether it is there or not.
+        commands += [f"add table inet {name}", f"delete table inet {name}", kernel.nft.text(name) or ""]
+    return Load(step.tables, tuple(commands))
+
+
+def _take(step: Step, kernel: Kernel) -> None:
+    match step:
+        case AddRoute(route):
+            kernel.rtnl.add_route(route)
+        case ReplaceRoute(_, new):
+            kernel.rtnl.replace_route(new)
+        case DeleteRoute(route):
+            kernel.rtnl.delete_route(route)
+        case AddRule(rule):
+            kernel.rtnl.add_rule(rule)
+        case DeleteRule(rule):
+            kernel.rtnl.delete_rule(rule)
+        case SetSrcValidMark(link, True):
+            kernel.sysctls.set_src_valid_mark(link)
+        case SetSrcValidMark(link, False):
+            kernel.sysctls.restore_src_valid_mark(link)
+        case Load():
+            kernel.nft.load(step.text)
+
+
+def _take_back(undo: list[Step], kernel: Kernel) -> list[str]:
+    """What could not be taken back, in words."""
+    left = []
+    for step in reversed(undo):
+        try:
+            _take(step, kernel)
+        except KernelError as error:
+            left.append(str(error))
+    return left

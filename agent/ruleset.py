@@ -1,0 +1,538 @@
+"""`Desired` → our nft table, its text, and the transaction that gets there from what the kernel has."""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+from agent.desired import Desired, detours
+from agent.model import Chain, Family, Hook, Identity, NftSet, Statement, Table
+
+#: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
+#: lost, and none starts again from 0, when a setting goes back and forth.
+COUNTS = ("transmit", "receive", "diverted", "misrouted-dropped", "misrouted-passed")
+#: After every translation of sources (srcnat is 100): what is looked at here is what the wire will see.
+POSTROUTING_PRIORITY = 300
+#: Just before the priority at which masquerading rules usually stand: of two translations the first one wins.
+SRCNAT_PRIORITY = 95
+#: TCP and IP headers without options (RFC 9293, 3.7.1), in bytes: what an MTU has to carry beside a full segment.
+TCP_HEADERS = {Family.IPV4: 40, Family.IPV6: 60}
+#: Above this many deletions a map is flushed and filled again: nft looks for each element from the start.
+FEW = 64
+
+#: Where the kernel keeps what was loaded, and how it starts.
+DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
+
+IS_SYN = "tcp flags & (syn|rst) == syn"
+
+
+def counter_name(identity: str, family: Family, count: str) -> str:
+    """The name of a named counter: `id-inside-ipv4-transmit`."""
+    return f"id-{identity}-{family}-{count}"
+
+
+def table(desired: Desired) -> Table:
+    """The whole table."""
+    chains = (*_identity_chains(desired), *_path_chains(desired))
+    return Table(
+        name=desired.policy.kernel.nft_table,
+        counters=tuple(_counters(desired)),
+        sets=tuple(_sets(desired)),
+        chains=(_digest_chain(chains), *chains),
+    )
+
+
+# --- sets and maps ---------------------------------------------------------------------------------------------------
+
+
+def _counters(desired: Desired) -> Iterator[str]:
+    for standing, count in product(desired.standings, COUNTS):
+        for family in standing.families:
+            yield counter_name(standing.identity.name, family, count)
+
+
+def _sets(desired: Desired) -> Iterator[NftSet]:
+    policy, standings = desired.policy, desired.standings
+    unknown = tuple(
+        f'{s.identity.name}: addresses = "auto", what {s.identity.link} has when this is applied'
+        for s in standings
+        if s.identity.addresses is None and not s.addresses
+    )
+    for family in Family:
+        yield NftSet(
+            f"sources-{family}",
+            f"{family}_addr",
+            "verdict",
+            interval=True,
+            elements=tuple(
+                (str(span), f"goto id-{span.identity}") for span in desired.classes if span.family is family
+            ),
+            about=(f"{_title(family)} sources: the longest prefix decided, what is here is disjoint.",),
+            pending=unknown,
+        )
+        yield NftSet(
+            f"own-{family}",
+            f"{family}_addr",
+            "verdict",
+            elements=tuple(
+                (str(address), f"goto id-{s.identity.name}") for s in standings for address in s.own(family)
+            ),
+            about=(f"This host's own {_title(family)} addresses: what a translated connection was made to.",),
+            pending=unknown,
+        )
+    yield NftSet(
+        "links",
+        "ifname",
+        elements=tuple((_quoted(link), "") for link in sorted({s.identity.link for s in standings})),
+        about=("The identities' links.",),
+    )
+    yield NftSet(
+        "own-link",
+        "mark . ifname",
+        elements=tuple((_mark_and_link(s.identity, s.identity.link), "") for s in standings),
+        about=("Which link is whose.",),
+    )
+    if policy.downstream is not None:
+        yield NftSet(
+            "downstream",
+            "ifname",
+            elements=tuple((_quoted(link), "") for link in policy.downstream),
+            about=("The links with the hosts behind this gateway: every identity may leave by them.",),
+        )
+    yield from _counter_maps(desired, "transmit", by_link=True)
+    yield from _counter_maps(desired, "receive", by_link=True)
+    yield from _detour_sets(desired)
+    yield from _counter_maps(desired, _misrouted(desired), by_link=False)
+    if any(s.identity.clamp_mss for s in standings):
+        yield NftSet(
+            "clamp",
+            "mark . ifname",
+            elements=tuple(
+                (_mark_and_link(s.identity, s.identity.link), "") for s in standings if s.identity.clamp_mss
+            ),
+            about=("Whose segments are kept small enough for which link.",),
+        )
+
+
+def _counter_maps(desired: Desired, count: str, *, by_link: bool) -> Iterator[NftSet]:
+    for family in Family:
+        yield NftSet(
+            f"{count}-{family}",
+            "mark . ifname" if by_link else "mark",
+            "counter",
+            elements=tuple(
+                (
+                    _mark_and_link(s.identity, s.identity.link) if by_link else _mark(s.identity),
+                    _quoted(counter_name(s.identity.name, family, count)),
+                )
+                for s in desired.standings
+                if family in s.families
+            ),
+        )
+
+
+def _detour_sets(desired: Desired) -> Iterator[NftSet]:
+    """What `when_down` allows: the roads of other identities, and of main, which may be any."""
+    # Two of the roads may share a link.
+    detour_links = dict.fromkeys(
+        (s, other.link) for s in desired.standings for other in detours(desired.policy, s.identity)[0]
+    )
+    main = [s for s in desired.standings if detours(desired.policy, s.identity)[1]]
+    if detour_links:
+        for family in Family:
+            yield NftSet(
+                f"diverted-{family}",
+                "mark . ifname",
+                "counter",
+                elements=tuple(
+                    (_mark_and_link(s.identity, link), _quoted(counter_name(s.identity.name, family, "diverted")))
+                    for s, link in detour_links
+                    if family in s.families
+                ),
+            )
+        yield NftSet(
+            "detour",
+            "mark . ifname",
+            elements=tuple((_mark_and_link(s.identity, link), "") for s, link in detour_links),
+            about=("By whose link else an identity may leave, because its when_down says so.",),
+        )
+    if main:
+        for family in Family:
+            yield NftSet(
+                f"diverted-main-{family}",
+                "mark",
+                "counter",
+                elements=tuple(
+                    (_mark(s.identity), _quoted(counter_name(s.identity.name, family, "diverted")))
+                    for s in main
+                    if family in s.families
+                ),
+            )
+        yield NftSet(
+            "follows-main",
+            "mark",
+            elements=tuple((_mark(s.identity), "") for s in main),
+            about=("Who may follow table main, because its when_down says so.",),
+        )
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+def _identity_chains(desired: Desired) -> Iterator[Chain]:
+    keep = ~desired.policy.kernel.mark_mask & 0xFFFFFFFF
+    for standing in desired.standings:
+        identity = standing.identity
+        yield Chain(
+            f"id-{identity.name}",
+            (Statement(f"meta mark set meta mark & {keep:#010x} | {_mark(identity)}", f"fwmark {identity.fwmark}"),),
+            about=(
+                f"Identity {identity.id}, {identity.name}: fwmark {identity.fwmark}, table {identity.table}, link "
+                f"{identity.link}. Writes our bits of the packet mark, and keeps the neighbours'.",
+            ),
+        )
+
+
+def _path_chains(desired: Desired) -> Iterator[Chain]:
+    kernel = desired.policy.kernel
+    keep = f"{~kernel.mark_mask & 0xFFFFFFFF:#010x}"
+    mark = f"meta mark & {kernel.mark_mask:#010x}"
+    by_source = (
+        Statement("ip saddr vmap @sources-ipv4", "IPv4 source"),
+        Statement("ip6 saddr vmap @sources-ipv6", "IPv6 source"),
+    )
+    by_original_destination = (
+        Statement("ct direction reply ct original ip daddr vmap @own-ipv4", "IPv4 reply, by what it was sent to"),
+        Statement("ct direction reply ct original ip6 daddr vmap @own-ipv6", "IPv6 reply, by what it was sent to"),
+    )
+    yield Chain(
+        "destination",
+        (
+            Statement("ip daddr vmap @sources-ipv4", "IPv4 destination"),
+            Statement("ip6 daddr vmap @sources-ipv6", "IPv6 destination"),
+        ),
+        about=("The identity that a destination belongs to.",),
+    )
+    yield Chain("source", by_source, about=("The identity that a source belongs to.",))
+    yield Chain(
+        "arriving",
+        (
+            Statement("jump destination", "whose destination is it"),
+            *_counting(mark, "iifname", "receive"),
+            Statement(f"{mark} . iifname @own-link accept", "it is that identity's link: decided"),
+            Statement(f"meta mark set meta mark & {keep}", "it is not: undecided again"),
+        ),
+        about=(
+            "A packet that arrives on its identity's own link is that identity's by its destination: so the route back "
+            "is looked for in its table, and strict rp_filter is content, also behind a translation.",
+        ),
+    )
+    yield Chain(
+        "prerouting",
+        (
+            Statement(f"meta mark set meta mark & {keep}", "no trust in a mark that arrives"),
+            Statement("iifname @links jump arriving", "on an identity's link"),
+            *by_original_destination,
+            *by_source,
+        ),
+        Hook("filter", "prerouting", kernel.hook_priority),
+        about=(
+            "Whatever arrives. After conntrack (-200) and mangle (-150), where neighbours restore whole marks from "
+            "connections and would wipe our bits; before dstnat (-100), which changes the destination.",
+            "A mark can be left over from a tunnel's outer packet, so it is decided afresh: on an identity's link by "
+            "the destination; replies of translated connections by what the connection was made to, for their source "
+            "is still that of the host behind; everything else by the source.",
+        ),
+    )
+    yield Chain(
+        "output",
+        (*by_original_destination, *by_source),
+        Hook("route", "output", kernel.hook_priority),
+        about=(
+            "Whatever this host sends. Of type route: only there does the kernel look for the route again when the "
+            "mark has changed. A source of no identity keeps the mark that its program asked for (SO_MARK).",
+        ),
+    )
+    yield from _translation_chains(desired, mark)
+    yield Chain(
+        "postrouting",
+        tuple(_postrouting(desired, mark)),
+        Hook("filter", "postrouting", POSTROUTING_PRIORITY),
+        about=(
+            "What really leaves, by the link it leaves by, after all routing and all translation of sources (srcnat, "
+            "100). A packet without our mark is judged by the source that the wire will see: somebody wiped the mark, "
+            "or a translation that is older than the route still writes an identity's address.",
+        ),
+    )
+
+
+def _postrouting(desired: Desired, mark: str) -> Iterator[Statement]:
+    names = {nft_set.name for nft_set in _sets(desired)}
+    misrouted = _misrouted(desired)
+    yield Statement('oifname "lo" accept', "never leaves this host")
+    yield Statement(f"{mark} == 0 jump source", "no mark: by the source on the wire")
+    yield Statement(f"{mark} == 0 accept", "no identity's")
+    if "clamp" in names:
+        yield Statement(
+            f"{mark} . oifname @clamp {IS_SYN} tcp option maxseg size set rt mtu", "leaving: segments fit the path"
+        )
+        yield from _clamp_arriving(desired, mark)
+    yield from _counting(mark, "oifname", "transmit")
+    yield Statement(f"{mark} . oifname @own-link accept", "by its own link")
+    if "detour" in names:
+        yield from _counting(mark, "oifname", "diverted")
+        yield Statement(f"{mark} . oifname @detour accept", "by a road that when_down names")
+    if desired.policy.downstream is None:
+        yield Statement("oifname != @links accept", "to the hosts behind this gateway: by no identity's link")
+    else:
+        yield Statement("oifname @downstream accept", "to the hosts behind this gateway")
+    if "follows-main" in names:
+        for family in Family:
+            yield _count(family, f"{mark} map @diverted-main-{family}", f"count {_title(family)} diverted to main")
+        yield Statement(f"{mark} @follows-main accept", "by a road of main's, as when_down allows")
+    for family in Family:
+        yield _count(family, f"{mark} map @{misrouted}-{family}", f"count {_title(family)} {misrouted}")
+    if desired.policy.kernel.enforce:
+        yield Statement("drop", "misrouted: no identity's packet leaves by a link that is not its own")
+
+
+def _clamp_arriving(desired: Desired, mark: str) -> Iterator[Statement]:
+    """The other half of a forwarded connection: the far side's SYN tells the host behind us how much to send.
+
+    By the link's MTU as it is now: `rt mtu` would look at the route back without our mark.
+    """
+    for standing in desired.standings:
+        identity = standing.identity
+        if identity.clamp_mss and standing.mtu:
+            for family in standing.families:
+                yield Statement(
+                    f"iifname {_quoted(identity.link)} {mark} == {_mark(identity)} meta nfproto {family} {IS_SYN} "
+                    f"tcp option maxseg size set {standing.mtu - TCP_HEADERS[family]}",
+                    f"arriving on {identity.link}: {_title(family)} segments fit the way back",
+                )
+
+
+def _translation_chains(desired: Desired, mark: str) -> Iterator[Chain]:
+    rules = []
+    by_name = {standing.identity.name: standing for standing in desired.standings}
+    for standing in desired.standings:
+        if not standing.identity.masquerade:
+            continue
+        for road in (standing.identity, *detours(desired.policy, standing.identity)[0]):
+            for family in standing.families:
+                own = by_name[road.name].own(family)
+                if own:
+                    hosts = _either(dict.fromkeys((*standing.own(family), *own)))
+                    rules.append(
+                        Statement(
+                            f"oifname {_quoted(road.link)} {mark} == {_mark(standing.identity)} {family.nft} saddr != "
+                            f"{hosts} snat {family.nft} to {own[0]}",
+                            f"members of {standing.identity.name} leave by {road.link} as {own[0]}",
+                        )
+                    )
+    if rules:
+        yield Chain(
+            "srcnat",
+            tuple(rules),
+            Hook("nat", "postrouting", SRCNAT_PRIORITY),
+            about=(
+                "Members take on their identity's own address as they leave by its link; by the road of another "
+                "identity that stands in for it, that one's. Before the usual srcnat (100): of two translations of a "
+                "connection the first wins.",
+            ),
+        )
+
+
+def _counting(mark: str, link: str, count: str) -> Iterator[Statement]:
+    for family in Family:
+        yield _count(family, f"{mark} . {link} map @{count}-{family}", f"count {_title(family)} {count}")
+
+
+def _count(family: Family, key: str, comment: str) -> Statement:
+    return Statement(f"meta nfproto {family} counter name {key}", comment)
+
+
+def _digest_chain(chains: tuple[Chain, ...]) -> Chain:
+    """Hooks and rules by their digest, kept in the kernel beside them: what is listed can't be compared with texts."""
+    text = "\n".join("\n".join(_chain_lines(chain)) for chain in chains)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Chain(
+        DIGEST_CHAIN,
+        (Statement("continue", f"{DIGEST_COMMENT}{digest}"),),
+        about=("No packet comes here: this is the digest of the rules below, for whoever asks which are loaded.",),
+    )
+
+
+def digest(present: Table) -> str | None:
+    """The digest of the rules that were loaded into a table; None for a table that is not ours."""
+    comments = [rule.comment for chain in present.chains if chain.name == DIGEST_CHAIN for rule in chain.rules]
+    return next((c.removeprefix(DIGEST_COMMENT) for c in comments if c.startswith(DIGEST_COMMENT)), None)
+
+
+def _misrouted(desired: Desired) -> str:
+    return "misrouted-dropped" if desired.policy.kernel.enforce else "misrouted-passed"
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def render(wanted: Table, header: Iterable[str] = ()) -> str:
+    """The table as a file for `nft -f`, which may be loaded again and again.
+
+    First everything is declared, which keeps what is there already (counters go on counting); then rules and
+    elements are taken out and put in anew, all in one transaction: no packet meets anything in between.
+    """
+    name = wanted.name
+    lines = [*_comment(header), "", "# Declared first, for elements may only point to chains that are there."]
+    lines += [f"table inet {name} {{", *_declarations(wanted), "}", ""]
+    lines += [
+        "# Rules and elements are put in anew, counters go on: one transaction, no packet meets anything in between.",
+        f"flush table inet {name}",
+        *(f"flush {nft_set.keyword} inet {name} {nft_set.name}" for nft_set in wanted.sets),
+        "",
+        f"table inet {name} {{",
+    ]
+    blocks = [_set_lines(nft_set) for nft_set in wanted.sets] + [_documented(chain) for chain in wanted.chains]
+    for number, block in enumerate(blocks):
+        lines += [""] * bool(number) + [f"    {line}" if line else "" for line in block]
+    return "\n".join([*lines, "}", ""])
+
+
+def _declarations(wanted: Table) -> Iterator[str]:
+    for name in wanted.counters:
+        yield f"    counter {name} {{ }}"
+    for chain in wanted.chains:
+        if not chain.hook:
+            yield f"    chain {chain.name} {{ }}"
+    for nft_set in wanted.sets:
+        yield f"    {nft_set.keyword} {nft_set.name} {{ {_type(nft_set)} }}"
+
+
+def _type(nft_set: NftSet) -> str:
+    value = f" : {nft_set.value}" if nft_set.value else ""
+    return f"type {nft_set.key}{value};{' flags interval;' if nft_set.interval else ''}"
+
+
+def _set_lines(nft_set: NftSet) -> list[str]:
+    lines = [*_comment(nft_set.about), f"{nft_set.keyword} {nft_set.name} {{", f"    {_type(nft_set)}"]
+    lines += [f"    # {words}" for words in nft_set.pending]
+    if nft_set.elements:
+        lines += ["    elements = {", *(f"        {_element(element)}," for element in nft_set.elements), "    }"]
+    return [*lines, "}"]
+
+
+def _element(element: tuple[str, str]) -> str:
+    key, value = element
+    return f"{key} : {value}" if value else key
+
+
+def _documented(chain: Chain) -> list[str]:
+    return [*_comment(chain.about), *_chain_lines(chain)]
+
+
+def _chain_lines(chain: Chain) -> list[str]:
+    lines = [f"chain {chain.name} {{"] + [f"    {chain.hook}"] * bool(chain.hook)
+    lines += [f"    {_rule(statement)}" for statement in chain.rules]
+    return [*lines, "}"]
+
+
+def _rule(statement: Statement) -> str:
+    return f'{statement.text} comment "{statement.comment}"'
+
+
+def _comment(paragraphs: Iterable[str]) -> Iterator[str]:
+    for paragraph in paragraphs:
+        yield from textwrap.wrap(paragraph, 112, initial_indent="# ", subsequent_indent="# ") or ["#"]
+
+
+# --- the transaction -------------------------------------------------------------------------------------------------
+
+
+def transaction(wanted: Table, present: Table | None) -> tuple[str, ...]:
+    """nft's commands that turn what the kernel has into what is wanted; none when nothing differs.
+
+    A table that isn't there is made by the rendered text itself. What can't be changed in place (a hook, the type of
+    a set) and what is nobody's any more is deleted, and every rule that might hold on to it goes first.
+    """
+    if present is None:
+        return (render(wanted),)
+    name = wanted.name
+    chains = {chain.name: chain for chain in present.chains}
+    sets = {nft_set.name: nft_set for nft_set in present.sets}
+    unfit_sets = [s for s in present.sets if not any((s.name, s.type) == (w.name, w.type) for w in wanted.sets)]
+    unfit_chains = [c for c in present.chains if not any((c.name, c.hook) == (w.name, w.hook) for w in wanted.chains)]
+    fitting_sets = {s.name: s for s in present.sets if s not in unfit_sets}
+    fitting_chains = {c.name for c in present.chains if c not in unfit_chains}
+    stale_chains = [c.name for c in unfit_chains if c.name not in _names(wanted.chains)]
+    rules_anew = bool(unfit_sets or unfit_chains) or _rules_differ(wanted, chains)
+    commands = [f"flush table inet {name}"] * rules_anew
+    # The kernel's own word for it: what is a map there may be wanted as a set.
+    commands += [f"delete {sets[s.name].keyword} inet {name} {s.name}" for s in unfit_sets]
+    commands += [f"delete chain inet {name} {c.name}" for c in unfit_chains if c.name not in stale_chains]
+    commands += [f"add counter inet {name} {c}" for c in wanted.counters if c not in set(present.counters)]
+    for chain in wanted.chains:
+        if chain.name not in fitting_chains:
+            commands.append(f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}")
+    for nft_set in wanted.sets:
+        if nft_set.name not in fitting_sets:
+            commands.append(f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)} }}")
+        commands += element_changes(name, nft_set, fitting_sets.get(nft_set.name))
+    if rules_anew:
+        commands += [f"add rule inet {name} {c.name} {_rule(rule)}" for c in wanted.chains for rule in c.rules]
+    # Last, for elements may have pointed there.
+    commands += [f"delete chain inet {name} {chain}" for chain in stale_chains]
+    commands += [f"delete counter inet {name} {c}" for c in present.counters if c not in set(wanted.counters)]
+    return tuple(commands)
+
+
+def _rules_differ(wanted: Table, present: dict[str, Chain]) -> bool:
+    """Whether a chain is missing or has other rules: by their comments in order, the digest being one of them."""
+    return any(
+        chain.name not in present
+        or [rule.comment for rule in chain.rules] != [rule.comment for rule in present[chain.name].rules]
+        for chain in wanted.chains
+    )
+
+
+def element_changes(name: str, wanted: NftSet, present: NftSet | None) -> Iterator[str]:
+    """Commands for the elements of one set that differ. An element with a new value is deleted first."""
+    want, have = dict(wanted.elements), dict(present.elements if present else ())
+    gone = [key for key, value in have.items() if want.get(key) != value]
+    new = [(key, value) for key, value in want.items() if have.get(key) != value]
+    if len(gone) > FEW:
+        yield f"flush {wanted.keyword} inet {name} {wanted.name}"
+        gone, new = [], list(want.items())
+    if gone:
+        yield f"delete element inet {name} {wanted.name} {{ {', '.join(gone)} }}"
+    if new:
+        yield f"add element inet {name} {wanted.name} {{ {', '.join(map(_element, new))} }}"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _names(items: Iterable[Chain | NftSet]) -> set[str]:
+    return {item.name for item in items}
+
+
+def _mark(identity: Identity) -> str:
+    return f"0x{identity.fwmark.value:08x}"
+
+
+def _mark_and_link(identity: Identity, link: str) -> str:
+    return f"{_mark(identity)} . {_quoted(link)}"
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"'
+
+
+def _either(addresses: Iterable[object]) -> str:
+    words = [str(address) for address in addresses]
+    return words[0] if len(words) == 1 else f"{{ {', '.join(words)} }}"
+
+
+def _title(family: Family) -> str:
+    return "IPv4" if family is Family.IPV4 else "IPv6"

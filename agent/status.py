@@ -1,0 +1,94 @@
+"""What is in force now, identity by identity: for a program as JSON, for a person as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agent.desired import Standing, Way
+from agent.model import Count, Link, Policy
+from agent.reconcile import Look
+from agent.ruleset import COUNTS, counter_name
+
+
+def report(policy: Policy, look: Look, counts: Mapping[str, Count]) -> dict[str, Any]:
+    """Policy, differences, identities with link, addresses, ways out and counters (packets and bytes since loaded)."""
+    return {
+        "gateway": policy.gateway,
+        "policy_digest": policy.digest,
+        "in_force": not look.plan.steps,
+        "differences": look.plan.text.splitlines(),
+        "identities": [_identity(standing, look, counts) for standing in look.desired.standings],
+    }
+
+
+def _identity(standing: Standing, look: Look, counts: Mapping[str, Count]) -> dict[str, Any]:
+    identity = standing.identity
+    return {
+        "name": identity.name,
+        "id": identity.id,
+        "fwmark": str(identity.fwmark),
+        "table": identity.table,
+        "link": identity.link,
+        "link_state": link_state(look.facts.link(identity.link)),
+        "addresses": [str(address) for address in standing.addresses],
+        "members": len(identity.members),
+        "when_down": identity.when_down,
+        "notes": list(standing.notes),
+        "families": {
+            way.family.value: {
+                "open": bool(way.hops),
+                "way": _way(way),
+                "counters": {
+                    count: _counter(counts.get(counter_name(identity.name, way.family, count))) for count in COUNTS
+                },
+            }
+            for way in standing.ways
+        },
+    }
+
+
+def link_state(link: Link | None) -> str:
+    """`absent`, `down`, `no carrier` or `up`."""
+    if link is None:
+        return "absent"
+    return ("up" if link.carrier else "no carrier") if link.up else "down"
+
+
+def _way(way: Way) -> str:
+    return way.closed or ", ".join(hop.words(way.family) for hop in way.hops)
+
+
+def _counter(count: Count | None) -> dict[str, int] | None:
+    """A counter that isn't there is no zero."""
+    return None if count is None else {"packets": count.packets, "bytes": count.bytes}
+
+
+def text(status: Mapping[str, Any]) -> Iterator[str]:
+    """The report's lines for a terminal of 80 columns."""
+    force = "in force" if status["in_force"] else "NOT IN FORCE: idmark plan shows what differs"
+    yield f"{status['gateway']}: {force}    policy {status['policy_digest'][:12]}"
+    for identity in status["identities"]:
+        yield ""
+        yield f"{identity['name']}    id {identity['id']}, fwmark {identity['fwmark']}, table {identity['table']}"
+        yield f"  link       {identity['link']}, {identity['link_state']}"
+        yield f"  addresses  {', '.join(identity['addresses']) or 'none'}"
+        if identity["members"]:
+            yield f"  members    {identity['members']} prefixes"
+        for family, state in identity["families"].items():
+            yield f"  {family:<9}  {'open, ' if state['open'] else 'CLOSED, '}{state['way']}"
+        yield from (f"  note       {note}" for note in identity["notes"])
+        yield from _counter_lines(identity["families"])
+
+
+def _counter_lines(families: Mapping[str, Any]) -> Iterator[str]:
+    yield f"  {'packets (bytes)':<18}" + "".join(f"{family:>28}" for family in families)
+    for count in COUNTS:
+        values = [state["counters"][count] for state in families.values()]
+        # The rare ones only when there is something to see.
+        if count in ("transmit", "receive") or any(value and value["packets"] for value in values):
+            yield f"    {count:<16}" + "".join(f"{_amount(value):>28}" for value in values)
+
+
+def _amount(value: Mapping[str, int] | None) -> str:
+    return "no counter" if value is None else f"{value['packets']:,} ({value['bytes']:,})"

@@ -1,0 +1,30 @@
+"""The lab as fixtures: a new one for every test, which costs less than to clean up after the one before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import pytest
+
+from agent.lab.lab import Lab
+
+
+class Build(Protocol):
+    """Builds a lab with this VPN and tunnel MTU; it ends with the test. One at a time: the hosts' names are taken."""
+
+    def __call__(self, vpn: str = "wireguard", mtu: int | None = None) -> Lab: ...
+
+
+@pytest.fixture
+def build() -> Iterator[Build]:
+    """Builds the lab that the test wants."""
+    with contextlib.ExitStack() as stack:
+        yield lambda vpn="wireguard", mtu=None: stack.enter_context(Lab(vpn, mtu))
+
+
+@pytest.fixture
+def lab(build: Build) -> Lab:
+    """A lab with WireGuard, where nothing of idmark is installed."""
+    return build()
