@@ -186,7 +186,7 @@ def status(args: argparse.Namespace) -> int:
     policy = _policy(args, quiet=args.json)
     with _kernel(args) as kernel:
         seen = look(policy, kernel)
-        found = report(policy, seen, kernel.nft.counts(policy.kernel.nft_table))
+        found = report(policy, seen, kernel.nfnl.counts(policy.kernel.nft_table))
     print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
     return OK if found["in_force"] else DIFFERS
 

@@ -135,20 +135,24 @@ def standing_notes(standing: Standing) -> Iterator[str]:
 def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, ...]]:
     """Each identity's own addresses. "auto" is the link's global ones, but for those that another identity has."""
     addresses = {identity.name: identity.addresses or () for identity in policy.identities}
-    taken = {Prefix.host(address) for own in addresses.values() for address in own}
-    taken.update(
-        prefix for identity in policy.identities for prefix in identity.members if prefix.length == prefix.family.bits
-    )
+    owners = {Prefix.host(address): name for name, own in addresses.items() for address in own}
+    owners |= {
+        prefix: identity.name
+        for identity in policy.identities
+        for prefix in identity.members
+        if prefix.length == prefix.family.bits
+    }
     for identity in policy.identities:
         link = facts.link(identity.link) if facts and identity.addresses is None else None
         found = {
             item.address
             for item in (link.addresses if link else ())
-            if item.scope_global and not item.address.is_link_local and Prefix.host(item.address) not in taken
+            if item.scope_global
+            and not item.address.is_link_local
+            and owners.setdefault(Prefix.host(item.address), identity.name) == identity.name
         }
         if found:
             addresses[identity.name] = sorted_addresses(found)
-            taken.update(map(Prefix.host, found))
     return addresses
 
 

@@ -43,8 +43,8 @@ def read_text(path: Path) -> str:
             data = file.read(FILE_LIMIT + 1)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a NUL in the name
-        raise UnreadableError(f"cannot be read: {error}") from error
+    except ValueError as error:
+        raise UnreadableError("cannot be read: a NUL is in its name") from error
     if len(data) > FILE_LIMIT:
         raise UnreadableError(f"is larger than {FILE_LIMIT >> 20} MiB")
     if data.startswith(b"\xef\xbb\xbf"):

@@ -408,8 +408,8 @@ def sorted_addresses(addresses: Iterable[Address]) -> tuple[Address, ...]:
 
 
 def parse_address(text: str) -> Address:
-    """An address from its text. Raises ValueError: "is not an address"."""
+    """An address from its text, without a zone (`%eth0`). Raises ValueError: "is not an address"."""
     try:
-        return ip_address(text)
+        return ip_address(text.replace("%", " "))
     except ValueError:
         raise ValueError("is not an address") from None

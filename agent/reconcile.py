@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from agent import facts as host
 from agent import model, ruleset
 from agent.desired import Desired, desire
-from agent.kernel import KernelError, nfnl, runtime
+from agent.kernel import KernelError, runtime
+from agent.kernel.nfnl import Nfnl
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
@@ -50,6 +51,7 @@ class Kernel:
     """The seams, all opened in one network namespace."""
 
     rtnl: Rtnl
+    nfnl: Nfnl
     nft: Nft
     sysctls: Sysctls
 
@@ -57,8 +59,8 @@ class Kernel:
 @contextmanager
 def opened() -> Iterator[Kernel]:
     """The seams to the kernel of this thread's namespace. Raises KernelError."""
-    with Rtnl() as rtnl:
-        yield Kernel(rtnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
+    with Rtnl() as rtnl, Nfnl() as nfnl:
+        yield Kernel(rtnl, nfnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +88,20 @@ def observe(kernel: Kernel, table: str, facts: Facts) -> Observed:
     return Observed(
         routes=kernel.rtnl.our_routes(),
         rules=kernel.rtnl.our_rules(),
-        table=kernel.nft.table(table),
-        other_tables=tuple(name for name in _idmark_tables() if name != table and _is_ours(kernel, name)),
+        table=kernel.nfnl.table(table),
+        other_tables=tuple(name for name in _idmark_tables(kernel) if name != table and _is_ours(kernel, name)),
         src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
         src_valid_mark_ours=kernel.sysctls.ours(),
     )
 
 
-def _idmark_tables() -> Iterator[str]:
-    return (name for name in nfnl.tables() if name.startswith(model.Kernel().nft_table))
+def _idmark_tables(kernel: Kernel) -> Iterator[str]:
+    return (name for name in kernel.nfnl.tables() if name.startswith(model.Kernel().nft_table))
 
 
 def _is_ours(kernel: Kernel, name: str) -> bool:
     """A table of ours carries its rules' digest; one that only sounds like ours may be an operator's."""
-    table = kernel.nft.table(name)
+    table = kernel.nfnl.table(name)
     return table is not None and ruleset.digest(table) is not None
 
 

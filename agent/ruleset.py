@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 
 from agent.desired import Desired, detours
-from agent.model import Chain, Family, Hook, Identity, NftSet, Statement, Table
+from agent.model import Address, Chain, Family, Hook, Identity, NftSet, Statement, Table
 
 #: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
 #: lost, and none starts again from 0, when a setting goes back and forth.
@@ -82,6 +82,14 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             about=(f"This host's own {_title(family)} addresses: what a translated connection was made to.",),
             pending=unknown,
         )
+    for family in Family:
+        yield NftSet(
+            f"own-at-{family}",
+            f"{family}_addr . ifname",
+            elements=tuple((f"{address} . {_quoted(link)}", "") for address, link in _own_at(desired, family)),
+            about=(f"By which links a packet with an own {_title(family)} address may leave.",),
+            pending=unknown,
+        )
     yield NftSet(
         "links",
         "ifname",
@@ -114,6 +122,16 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             ),
             about=("Whose segments are kept small enough for which link.",),
         )
+
+
+def _own_at(desired: Desired, family: Family) -> dict[tuple[Address, str], None]:
+    """Own addresses, each with its identity's link and those of the roads that `when_down` names."""
+    return dict.fromkeys(
+        (address, road.link)
+        for s in desired.standings
+        for road in (s.identity, *detours(desired.policy, s.identity)[0])
+        for address in s.own(family)
+    )
 
 
 def _counter_maps(desired: Desired, count: str, *, by_link: bool) -> Iterator[NftSet]:
@@ -217,6 +235,14 @@ def _path_chains(desired: Desired) -> Iterator[Chain]:
     )
     yield Chain("source", by_source, about=("The identity that a source belongs to.",))
     yield Chain(
+        "own-source",
+        (
+            Statement("ip saddr vmap @own-ipv4", "IPv4 own address"),
+            Statement("ip6 saddr vmap @own-ipv6", "IPv6 own address"),
+        ),
+        about=("The identity that has a source for its own address.",),
+    )
+    yield Chain(
         "arriving",
         (
             Statement("jump destination", "whose destination is it"),
@@ -262,8 +288,9 @@ def _path_chains(desired: Desired) -> Iterator[Chain]:
         Hook("filter", "postrouting", POSTROUTING_PRIORITY),
         about=(
             "What really leaves, by the link it leaves by, after all routing and all translation of sources (srcnat, "
-            "100). A packet without our mark is judged by the source that the wire will see: somebody wiped the mark, "
-            "or a translation that is older than the route still writes an identity's address.",
+            "100). A packet without our mark is judged by the source that the wire will see: somebody wiped the mark. "
+            "So is one whose source was translated to an identity's own address and which leaves by the link of "
+            "another one: the translation is older than the route.",
         ),
     )
 
@@ -273,6 +300,11 @@ def _postrouting(desired: Desired, mark: str) -> Iterator[Statement]:
     misrouted = _misrouted(desired)
     yield Statement('oifname "lo" accept', "never leaves this host")
     yield Statement(f"{mark} == 0 jump source", "no mark: by the source on the wire")
+    for family in Family:
+        yield Statement(
+            f"ct status snat oifname @links {family.nft} saddr . oifname != @own-at-{family} jump own-source",
+            f"translated {_title(family)}: an own address on a link that is not its own",
+        )
     yield Statement(f"{mark} == 0 accept", "no identity's")
     if "clamp" in names:
         yield Statement(

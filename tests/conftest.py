@@ -24,7 +24,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Inside, another user's /tmp/pytest-of-NAME may look like nobody's; what lies in /run goes with the sandbox.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/run")
     capture = config.pluginmanager.get_plugin("capturemanager")
-    capture.suspend_global_capture(in_=True)
+    if capture:
+        capture.suspend_global_capture(in_=True)
     try:
         sandbox.enter()
     except LabError as error:

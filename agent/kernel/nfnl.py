@@ -1,70 +1,294 @@
-"""nf_tables by netlink itself, for what libnftables would read everybody's sets for."""
+"""nf_tables by netlink: our table read back as the kernel has it.
+
+Not by libnftables: it reads everybody's sets besides (0.5 s and more beside a foreign set of 100,000 prefixes), starts
+again whenever somebody commits, and what it prints is not what was written. Message types and attributes are those of
+linux/netfilter/nf_tables.h; numbers are big-endian there.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 from agent.kernel import KernelError
+from agent.model import Chain, Count, Family, Hook, NftSet, Statement, Table, address_text
+from agent.prefixes import Span
 
 NETLINK_NETFILTER = 12
-#: linux/netfilter/nfnetlink.h, nf_tables.h
 NFNL_SUBSYS_NFTABLES = 10
-NFT_MSG_GETTABLE = 1
-NFTA_TABLE_NAME = 1
 NFPROTO_INET = 1
 NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+GETTABLE, GETCHAIN, GETRULE, GETSET, GETSETELEM, GETGEN, GETOBJ = 1, 4, 7, 10, 13, 16, 19
 #: nlmsghdr (length, type, flags, sequence, port) and nfgenmsg (family, version, resource).
-HEADER = struct.Struct("=IHHII BBH")
+HEADER = struct.Struct("=IHHIIBBH")
 ATTRIBUTE = struct.Struct("=HH")
+NLA_TYPE_MASK = 0x3FFF
+
+#: In each of these messages attribute 1 is the table's name, except that a table's own name is its attribute 1.
+OF_TABLE = 1
+CHAIN_NAME, CHAIN_HOOK, CHAIN_TYPE = 3, 4, 7
+HOOK_NUMBER, HOOK_PRIORITY = 1, 2
+RULE_CHAIN, RULE_USERDATA = 2, 7
+SET_NAME, SET_FLAGS, SET_KEY_TYPE, SET_DATA_TYPE, SET_OBJECT_TYPE = 2, 3, 4, 6, 15
+NFT_SET_ANONYMOUS, NFT_SET_INTERVAL, NFT_SET_MAP, NFT_SET_OBJECT = 0x1, 0x4, 0x8, 0x40
+ELEMENT_SET, ELEMENTS = 2, 3
+ELEMENT_KEY, ELEMENT_DATA, ELEMENT_FLAGS, ELEMENT_OBJECT = 1, 2, 3, 9
+NFT_SET_ELEM_INTERVAL_END = 0x1
+DATA_VALUE, DATA_VERDICT = 1, 2
+VERDICT_CODE, VERDICT_CHAIN = 1, 2
+OBJECT_NAME, OBJECT_TYPE, OBJECT_DATA = 2, 3, 4
+NFT_OBJECT_COUNTER = 1
+COUNTER_BYTES, COUNTER_PACKETS = 1, 2
+NFT_DATA_VERDICT = 0xFFFFFF00
+GEN_ID = 1
+
+#: linux/netfilter.h, enum nf_inet_hooks.
+HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
+#: linux/netfilter.h and nf_tables.h: verdicts.
+VERDICTS = {0: "drop", 1: "accept", -1: "continue", -2: "break", -3: "jump", -4: "goto", -5: "return"}
+#: libnftables' numbers of the types of our sets' keys (include/datatype.h, enum datatypes); six bits each in a
+#: concatenation. The kernel keeps them for libnftables, and doesn't look at them.
+KEY_TYPES = {7: "ipv4_addr", 8: "ipv6_addr", 19: "mark", 41: "ifname"}
+KEY_BYTES = {"ipv4_addr": 4, "ipv6_addr": 16, "mark": 4, "ifname": 16}
+#: libnftnl's userdata of a rule: type, length, value; type 0 is the comment (libnftnl/udata.h).
+UDATA_COMMENT = 0
+
+Attributes = dict[int, bytes]
 
 
-def tables() -> tuple[str, ...]:
-    """The names of the tables of family inet. Raises KernelError.
+class Nfnl:
+    """A conversation with nf_tables in the namespace of the thread that opened it. Every method raises KernelError."""
 
-    `nft list tables` reads the sets of every table besides: 0.5 s and more beside a foreign set of 100,000 prefixes.
-    """
-    doing = "list the nft tables"
-    kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
-    request = HEADER.pack(HEADER.size, kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0, NFPROTO_INET, 0, 0)
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as sock:
-            sock.bind((0, 0))
-            for _attempt in range(5):
-                sock.send(request)
-                names = _names(sock, doing)
-                if names is not None:
-                    return names
-    except OSError as error:
-        raise KernelError(doing, os.strerror(error.errno or 0)) from error
-    raise KernelError(doing, "they kept changing while they were read, five times")
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+
+    def __enter__(self) -> Nfnl:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def generation(self) -> int:
+        """The number of the last commit to any table of the namespace (NFT_MSG_GETGEN)."""
+        (answer,) = self._ask("ask for the ruleset's generation", GETGEN)
+        return _number(answer[GEN_ID])
+
+    def tables(self) -> tuple[str, ...]:
+        """The names of the tables of family inet."""
+        return tuple(_text(item[OF_TABLE]) for item in self._ask("list the nft tables", GETTABLE, dump=True))
+
+    def table(self, name: str) -> Table | None:
+        """A table as it is between two commits; rules come with their comments only. None: there is no such table."""
+        for _attempt in range(5):
+            before = self.generation()
+            found = self._table(name) if name in self.tables() else None
+            if self.generation() == before:
+                return found
+        raise KernelError(f"read nft table inet {name}", "somebody committed to nftables five times meanwhile")
+
+    def counts(self, name: str) -> dict[str, Count]:
+        """The values of a table's counters by name; none without the table."""
+        found = {}
+        for item in self._dump(f"read the counters of nft table inet {name}", GETOBJ, name):
+            if _number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
+                values = _attributes(item[OBJECT_DATA])
+                count = Count(packets=_number(values[COUNTER_PACKETS]), bytes=_number(values[COUNTER_BYTES]))
+                found[_text(item[OBJECT_NAME])] = count
+        return found
+
+    def _table(self, name: str) -> Table:
+        doing = f"read nft table inet {name}"
+        rules: dict[str, list[Statement]] = {}
+        for item in self._dump(doing, GETRULE, name):
+            statement = Statement("", _comment(item.get(RULE_USERDATA, b"")))
+            rules.setdefault(_text(item[RULE_CHAIN]), []).append(statement)
+        chains = (item for item in self._dump(doing, GETCHAIN, name))
+        sets = (item for item in self._dump(doing, GETSET, name))
+        return Table(
+            name=name,
+            counters=tuple(self.counts(name)),
+            sets=tuple(self._set(name, item) for item in sets if not _number(item.get(SET_FLAGS, b"")) & NFT_SET_ANONYMOUS),
+            chains=tuple(
+                Chain(_text(item[CHAIN_NAME]), tuple(rules.get(_text(item[CHAIN_NAME]), ())), _hook(item))
+                for item in chains
+            ),
+        )
+
+    def _set(self, table: str, item: Attributes) -> NftSet:
+        name, flags = _text(item[SET_NAME]), _number(item.get(SET_FLAGS, b""))
+        types = _key_types(_number(item[SET_KEY_TYPE]))
+        value = ""
+        if flags & NFT_SET_OBJECT:
+            value = "counter" if _number(item[SET_OBJECT_TYPE]) == NFT_OBJECT_COUNTER else "object"
+        elif flags & NFT_SET_MAP:
+            value = "verdict" if _number(item[SET_DATA_TYPE]) == NFT_DATA_VERDICT else "data"
+        elements = self._elements(table, name)
+        interval = bool(flags & NFT_SET_INTERVAL)
+        words = _intervals(elements, types) if interval else ((_key(key, types), value) for key, _, value in elements)
+        return NftSet(name, " . ".join(types), value, interval, tuple(words))
+
+    def _elements(self, table: str, name: str) -> Iterator[tuple[bytes, bool, str]]:
+        """Key, whether it ends an interval, and value as nft writes it."""
+        doing = f"read the elements of {name} in nft table inet {table}"
+        for answer in self._dump(doing, GETSETELEM, table, _attribute(ELEMENT_SET, f"{name}\0".encode())):
+            for _, data in _each(answer.get(ELEMENTS, b"")):
+                element = _attributes(data)
+                key = _attributes(element[ELEMENT_KEY])[DATA_VALUE] if ELEMENT_KEY in element else b""
+                ends = bool(_number(element.get(ELEMENT_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END)
+                yield key, ends, _value(element)
+
+    def _dump(self, doing: str, kind: int, table: str, more: bytes = b"") -> Iterator[Attributes]:
+        """What belongs to a table; of chains the kernel gives everybody's."""
+        attributes = _attribute(OF_TABLE, f"{table}\0".encode()) + more
+        return (item for item in self._ask(doing, kind, attributes, dump=True) if _text(item[OF_TABLE]) == table)
+
+    def _ask(self, doing: str, kind: int, attributes: bytes = b"", *, dump: bool = False) -> list[Attributes]:
+        """The answers to a request; a dump that a commit interrupted is asked for again."""
+        for _attempt in range(5):
+            found = self._answers(doing, kind, attributes, NLM_F_REQUEST | (NLM_F_DUMP if dump else 0))
+            if found is not None:
+                return found
+        raise KernelError(doing, "somebody committed to nftables five times meanwhile")
+
+    def _answers(self, doing: str, kind: int, attributes: bytes, flags: int) -> list[Attributes] | None:
+        self._sequence += 1
+        size = HEADER.size + len(attributes)
+        request = HEADER.pack(size, NFNL_SUBSYS_NFTABLES << 8 | kind, flags, self._sequence, 0, NFPROTO_INET, 0, 0)
+        found: list[Attributes] = []
+        interrupted = False
+        try:
+            self._socket.send(request + attributes)
+            while True:
+                data = self._socket.recv(1 << 17)
+                offset = 0
+                while offset < len(data):
+                    size, answer, flag, sequence = struct.unpack_from("=IHHI", data, offset)
+                    if sequence == self._sequence:
+                        interrupted |= bool(flag & NLM_F_DUMP_INTR)
+                        if answer in (NLMSG_DONE, NLMSG_ERROR):
+                            code = -struct.unpack_from("=i", data, offset + 16)[0]
+                            if code == errno.EINTR:
+                                return None
+                            if code not in (0, errno.ENOENT):
+                                raise KernelError(doing, os.strerror(code))
+                            return None if interrupted else found
+                        found.append(_attributes(data[offset + HEADER.size : offset + size]))
+                        if not flags & NLM_F_DUMP:
+                            return found
+                    offset += (size + 3) & ~3
+        except OSError as error:
+            raise KernelError(doing, os.strerror(error.errno or 0)) from error
 
 
-def _names(sock: socket.socket, doing: str) -> tuple[str, ...] | None:
-    """The names in a dump; None if somebody committed meanwhile."""
-    names: list[str] = []
-    interrupted = False
-    while True:
-        data = sock.recv(1 << 17)
-        offset = 0
-        while offset < len(data):
-            size, kind, flags = struct.unpack_from("=IHH", data, offset)
-            interrupted |= bool(flags & NLM_F_DUMP_INTR)
-            if kind == NLMSG_DONE:
-                return None if interrupted else tuple(names)
-            if kind == NLMSG_ERROR:
-                raise KernelError(doing, os.strerror(-struct.unpack_from("=i", data, offset + 16)[0]))
-            attributes = _attributes(data[offset + HEADER.size : offset + size])
-            names += [value.rstrip(b"\0").decode() for number, value in attributes if number == NFTA_TABLE_NAME]
-            offset += (size + 3) & ~3
+# --- conversions -----------------------------------------------------------------------------------------------------
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset < len(data):
+def _each(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset, end = 0, len(data)
+    while offset < end:
         size, number = ATTRIBUTE.unpack_from(data, offset)
-        yield number & 0x3FFF, data[offset + ATTRIBUTE.size : offset + size]
+        yield number & NLA_TYPE_MASK, data[offset + 4 : offset + size]
         offset += (size + 3) & ~3
+
+
+def _attributes(data: bytes) -> Attributes:
+    return dict(_each(data))
+
+
+def _attribute(number: int, value: bytes) -> bytes:
+    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), number) + value + bytes(-len(value) % 4)
+
+
+def _text(data: bytes) -> str:
+    return data.rstrip(b"\0").decode(errors="replace")
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _comment(userdata: bytes) -> str:
+    offset = 0
+    while offset + 2 <= len(userdata):
+        kind, size = userdata[offset], userdata[offset + 1]
+        if kind == UDATA_COMMENT:
+            return _text(userdata[offset + 2 : offset + 2 + size])
+        offset += 2 + size
+    return ""
+
+
+def _hook(item: Attributes) -> Hook | None:
+    if CHAIN_HOOK not in item:
+        return None
+    hook = _attributes(item[CHAIN_HOOK])
+    priority = int.from_bytes(hook[HOOK_PRIORITY], "big", signed=True)
+    return Hook(_text(item[CHAIN_TYPE]), HOOKS[_number(hook[HOOK_NUMBER])], priority)
+
+
+def _key_types(number: int) -> list[str]:
+    """The types of a key, the first in the highest bits; one that no set of ours has goes by its number."""
+    types = []
+    while number:
+        types.append(KEY_TYPES.get(number & 0x3F, f"type-{number & 0x3F}"))
+        number >>= 6
+    return types[::-1]
+
+
+def _key(key: bytes, types: list[str]) -> str:
+    """An element's key as nft writes it; in a concatenation each part fills whole 32-bit registers."""
+    words = []
+    for kind in types:
+        size = KEY_BYTES.get(kind, len(key))
+        part, key = key[:size], key[size:]
+        match kind:
+            case "ipv4_addr":
+                words.append(address_text(Family.IPV4, _number(part)))
+            case "ipv6_addr":
+                words.append(address_text(Family.IPV6, _number(part)))
+            case "mark":  # a register's own byte order
+                words.append(f"0x{int.from_bytes(part, sys.byteorder):08x}")
+            case "ifname":
+                words.append(f'"{_text(part)}"')
+            case _:
+                words.append(part.hex())
+    return " . ".join(words)
+
+
+def _value(element: Attributes) -> str:
+    if ELEMENT_OBJECT in element:
+        return f'"{_text(element[ELEMENT_OBJECT])}"'
+    if ELEMENT_DATA not in element:
+        return ""
+    data = _attributes(element[ELEMENT_DATA])
+    if DATA_VERDICT not in data:
+        return data.get(DATA_VALUE, b"").hex()
+    verdict = _attributes(data[DATA_VERDICT])
+    code = int.from_bytes(verdict[VERDICT_CODE], "big", signed=True)
+    chain = f" {_text(verdict[VERDICT_CHAIN])}" if VERDICT_CHAIN in verdict else ""
+    return f"{VERDICTS.get(code, str(code))}{chain}"
+
+
+def _intervals(elements: Iterator[tuple[bytes, bool, str]], types: list[str]) -> Iterator[tuple[str, str]]:
+    """The intervals of a set: the kernel has their first addresses, and behind each last one a mark that it ended.
+
+    An interval that reaches the last address of all has no end, and libnftables ends one at 0 that never began.
+    """
+    family = Family.IPV6 if types == ["ipv6_addr"] else Family.IPV4
+    edges = sorted((_number(key), not ends, value) for key, ends, value in elements)
+    beginning: tuple[int, str] | None = None
+    for place, begins, value in edges:
+        if beginning:
+            yield str(Span(family, beginning[0], place - 1, "")), beginning[1]
+        beginning = (place, value) if begins else None
+    if beginning:
+        yield str(Span(family, beginning[0], (1 << family.bits) - 1, "")), beginning[1]

@@ -32,8 +32,8 @@ class Sysctls:
         return bool(self._read("all", "src_valid_mark") or self._read(link, "src_valid_mark"))
 
     def ours(self) -> frozenset[str]:
-        """The links on which it is we who set src_valid_mark; one that was re-created since is not among them."""
-        return frozenset(link for link, index in read_record(self._record).items() if _index(link) == index)
+        """The links on which it is we who set src_valid_mark, as they are named now; none that was re-created since."""
+        return frozenset(filter(None, map(_name, read_record(self._record).values())))
 
     def set_src_valid_mark(self, link: str) -> None:
         """Set it. The record is written first: a crash in between gives back too much, never too little."""
@@ -45,10 +45,11 @@ class Sysctls:
 
     def restore_src_valid_mark(self, link: str) -> None:
         """Clear it where we had set it."""
-        record = read_record(self._record)
-        if record.pop(link, None) == _index(link) is not None:
+        record, index = read_record(self._record), _index(link)
+        if index in record.values():
             self._write(link, "0")
-        write_record(self._record, record)
+        # Renamed or not, a link keeps its index.
+        write_record(self._record, {name: of for name, of in record.items() if name != link and of != index})
 
     def _read(self, link: str, name: str) -> int:
         path = CONF / link / name
@@ -70,5 +71,12 @@ class Sysctls:
 def _index(link: str) -> int | None:
     try:
         return socket.if_nametoindex(link)
+    except OSError:
+        return None
+
+
+def _name(index: int) -> str | None:
+    try:
+        return socket.if_indextoname(index)
     except OSError:
         return None

@@ -8,11 +8,13 @@ from agent.lab import sandbox
 from agent.lab.lab import POLICY, STEPS, Lab
 from agent.lab.probes import Outcome
 from agent.lab.screen import PICTURE, Screen
+from agent.lab.vpn import choose
 
 
 def demo(vpn: str) -> int:
     """Show it. Returns 0 only when with the agent every probe passes and nothing leaks. Raises LabError."""
     sandbox.enter()
+    choose(vpn)
     start = time.monotonic()
     screen = Screen()
     screen.heading("A gateway with two identities: O at its provider, I in a VPN")

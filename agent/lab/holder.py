@@ -24,8 +24,6 @@ from agent.lab.vpn import VPNS, choose
 
 #: Where the lab's own copy of the policy lies, inside: for the player to change.
 PLAY_POLICY = Path("/run/policy.toml")
-#: Seconds for the kernel to take a sandbox apart.
-PATIENCE = 10.0
 #: How a holder tells the process that started it about its progress.
 STEP, READY, ERROR = "step ", "ready", "error "
 
@@ -104,8 +102,7 @@ def down() -> None:
         try:
             if _start_of(holder.pid) == holder.start:
                 supervisor.end(holder.pid)
-                if not select.select([descriptor], [], [], PATIENCE)[0]:
-                    raise LabError(f"the lab (pid {holder.pid}) has not ended after {PATIENCE:.0f} s")
+                select.select([descriptor], [], [], supervisor.PATIENCE)
         finally:
             os.close(descriptor)
         file.unlink()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from agent.lab import LabError
+from agent.lab import LabError, sandbox
 
 #: In the sandbox's own /run: it goes with the sandbox.
 DIRECTORY = Path("/run/lab")
@@ -33,7 +33,8 @@ PACKAGES = {
 
 def require(programs: Iterable[str]) -> None:
     """Raises LabError that names every missing program and the package which has it."""
-    missing = [program for program in programs if not shutil.which(program)]
+    path = sandbox.path_with_sbin()
+    missing = [program for program in programs if not shutil.which(program, path=path)]
     if missing:
         packages = " ".join(sorted({PACKAGES[program] for program in missing}))
         raise LabError(f"the lab needs {', '.join(missing)}: install {packages}")
@@ -47,10 +48,17 @@ class Daemon:
     process: subprocess.Popen[str]
     log: Path
 
+    def said(self, word: str) -> bool:
+        """Whether its log has the word."""
+        return word in self._read()
+
     def last_words(self) -> str:
         """The end of its log, in one line."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = self._read().strip().splitlines()
         return " | ".join(line.strip() for line in lines[-4:]) or "nothing in its log"
+
+    def _read(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 class Hosts:
@@ -59,6 +67,7 @@ class Hosts:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
         self._daemons: list[Daemon] = []
+        DIRECTORY.mkdir(exist_ok=True)
 
     def run(
         self,
@@ -73,6 +82,10 @@ class Hosts:
         """Run a command on a host to its end, with `text` on its standard input. `check`: a failure raises LabError."""
         return run(["ip", "netns", "exec", host, *command], text=text, check=check, timeout=timeout, env=env)
 
+    def succeeds(self, host: str, command: list[str]) -> bool:
+        """Whether a command on a host exits with 0."""
+        return self.run(host, command, check=False).returncode == 0
+
     def popen(self, host: str, command: list[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on a host; `options` are subprocess.Popen's. It is ended by `close`, at the latest."""
         process = self._start(host, command, options)
@@ -81,7 +94,6 @@ class Hosts:
 
     def daemon(self, host: str, command: list[str]) -> Daemon:
         """Start a program that stays until `close`."""
-        DIRECTORY.mkdir(exist_ok=True)
         name = f"{Path(command[0]).name} on {host}"
         log = DIRECTORY / f"{name.replace(' ', '-')}-{len(self._daemons)}.log"
         with log.open("w", encoding="utf-8") as output:
@@ -112,10 +124,11 @@ class Hosts:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """End everything that was started here, daemons too."""
+        """End everything that was started here, daemons too, and take away the files."""
         _end([*self._processes, *(daemon.process for daemon in self._daemons)])
         self._processes.clear()
         self._daemons.clear()
+        shutil.rmtree(DIRECTORY, ignore_errors=True)
 
     @staticmethod
     def _start(host: str, command: list[str], options: dict[str, Any]) -> subprocess.Popen[str]:

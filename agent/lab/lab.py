@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import count
 from pathlib import Path
 from subprocess import CompletedProcess, Popen
 from typing import Any, NamedTuple
 
 from agent.lab import LabError, endpoint, net, sandbox, vpn
-from agent.lab.hosts import DIRECTORY, Hosts, require, run
+from agent.lab.hosts import Hosts, require, run
 from agent.lab.probes import PORT, Outcome, Probe, matrix
 from agent.model import Family
 
@@ -40,15 +41,14 @@ class Count(NamedTuple):
 class Lab:
     """The lab, in this process's sandbox. Methods raise LabError with the words of whatever refused.
 
-    `vpn` is a key of `vpn.VPNS`, `mtu` the tunnel's. `report` hears of each step of building. Use `with`, or `close`.
+    `kind` is a key of `vpn.VPNS`, `mtu` the tunnel's. `report` hears of each step of building. Use `with`, or `close`.
     """
 
-    def __init__(self, vpn_name: str = "wireguard", mtu: int | None = None, report: Report = lambda _: None) -> None:
+    def __init__(self, kind: str = "wireguard", mtu: int | None = None, report: Report = lambda _: None) -> None:
         if not sandbox.inside():
             raise LabError("the lab is built in a sandbox only, not in this machine's own namespaces")
         require(["ip", "nft", "sysctl", "conntrack"])
-        self.vpn_name = vpn_name
-        self.vpn = vpn.choose(vpn_name)
+        self.vpn = vpn.choose(kind)
         self.mtu = mtu or self.vpn.mtu
         self._hosts = Hosts()
         self._counters = count(1)
@@ -95,7 +95,7 @@ class Lab:
         for host in ("wild", "chost", "gw", "lan"):
             addresses = [address.partition("/")[0] for end in net.interfaces(host) for address in end.addresses]
             daemon = self._hosts.daemon(host, [*PYTHON, endpoint.__file__, "answer", str(PORT), *addresses])
-            self._hosts.wait(f"what answers on {host}", lambda log=daemon.log: "ready" in log.read_text(), PATIENCE)  # type: ignore[misc]
+            self._hosts.wait(f"what answers on {host}", partial(daemon.said, "ready"), PATIENCE)
 
     # --- what to do with it ------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Lab:
         return {counter["name"]: Count(counter["packets"], counter["bytes"]) for counter in found}
 
     def snapshot(self, host: str) -> str:
-        """All that an agent could have changed on a host: ruleset, rules, routes of all tables, addresses, sysctls."""
+        """What an agent could have changed on a host, as text: ruleset, rules, routes, addresses, links, sysctls."""
         commands = [
             ["nft", "list", "ruleset"],
             *(["ip", family, "-N", *words] for family in ("-4", "-6") for words in (
@@ -202,5 +202,3 @@ class Lab:
         self._hosts.close()
         there = [name.name for name in Path("/run/netns").glob("*")]
         run(["ip", "-batch", "-"], text="".join(f"netns delete {host}\n" for host in net.HOSTS if host in there))
-        for file in DIRECTORY.glob("*"):
-            file.unlink()

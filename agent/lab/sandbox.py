@@ -1,7 +1,11 @@
 """Private namespaces for the lab and the tests: nothing done in there is seen outside, or outlives it.
 
 Users, network, mounts and processes are the sandbox's own. Inside, one is root over them and over nothing else, so no
-privilege is needed to enter. The kernel takes the sandbox apart with its first process, however that one ends.
+privilege is needed to enter, and none of the machine's own settings can be reached, not even by mistake. The kernel
+takes the sandbox apart with its first process, however that one ends.
+
+Root is needed only where the machine refuses user namespaces: then the other namespaces must be asked for with the
+machine's own root (CAP_SYS_ADMIN, user_namespaces(7)).
 """
 
 from __future__ import annotations

@@ -7,31 +7,34 @@ only.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from pathlib import Path
 
 #: asm-generic/siginfo.h: the signal was sent by the kernel, so for SIGINT by the terminal, to the whole foreground.
 SI_KERNEL = 0x80
+#: Seconds for the kernel to take a sandbox apart.
+PATIENCE = 10.0
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 def end(unshare: int) -> None:
-    """Kill the sandbox whose unshare(1) process has this pid; that process ends as soon as everything inside has.
+    """Kill the sandbox whose unshare(1) process has this pid, and return when everything inside has ended.
 
-    The children of unshare(1) are the sandbox's first process. When it is killed the kernel kills the whole PID
-    namespace before the parent may wait for it (pid_namespaces(7)), and the network namespaces go with the last user.
+    Its child is the sandbox's first process. With that one the kernel kills the whole PID namespace, and it counts as
+    ended only after all others (pid_namespaces(7)); the network namespaces go with their last user. Stopped meanwhile,
+    unshare(1) can't complain of its child's end. Raises ProcessLookupError if there is no such process.
     """
+    os.kill(unshare, signal.SIGSTOP)
     children = Path(f"/proc/{unshare}/task/{unshare}/children")
-    try:
-        first = [int(pid) for pid in children.read_text(encoding="ascii").split()]
-    except FileNotFoundError:
-        first = []  # it has ended; or the kernel lacks CONFIG_PROC_CHILDREN, and --kill-child does the rest
-    for pid in first or [unshare]:
-        try:
+    if children.exists():  # else the kernel lacks CONFIG_PROC_CHILDREN, and --kill-child does it, a little later
+        for pid in map(int, children.read_text(encoding="ascii").split()):
+            descriptor = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+            select.select([descriptor], [], [], PATIENCE)
+            os.close(descriptor)
+    os.kill(unshare, signal.SIGKILL)
 
 
 def supervise(command: list[str]) -> int:

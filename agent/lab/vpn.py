@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from agent.lab import LabError
@@ -37,11 +38,11 @@ def wireguard(hosts: Hosts, mtu: int) -> None:
 
     What `wg-quick` does with `Table = off`: every destination is allowed in the tunnel, and no route points there.
     """
-    if not all(_kernel_wireguard(hosts, end.host, end.name) for end in ENDS):
+    if not all(hosts.succeeds(end.host, ["ip", "link", "add", end.name, "type", "wireguard"]) for end in ENDS):
         require(["wireguard-go"])
         for end in ENDS:
             hosts.daemon(end.host, ["wireguard-go", "-f", end.name])
-        _wait_for_links(hosts)
+        _wait_for_links(hosts, ["wg", "show"])  # the link is there a moment before it listens to wg(8)
     keys = {end.host: run(["wg", "genkey"]).stdout.strip() for end in ENDS}
     for end, peer in (ENDS, ENDS[::-1]):
         public = run(["wg", "pubkey"], text=keys[peer.host]).stdout.strip()
@@ -68,7 +69,7 @@ def openvpn(hosts: Hosts, mtu: int) -> None:
             words += ["--tls-server", "--dh", "none", "--local", ENDPOINT, "--port", str(OPENVPN_PORT)]
             words += ["--remote", OUTSIDE[Family.IPV4], "--float"]
         hosts.daemon(end.host, words)
-    _wait_for_links(hosts)
+    _wait_for_links(hosts, ["ip", "link", "show"])
     for end in ENDS:
         hosts.run(end.host, ["ip", "link", "set", end.name, "mtu", str(mtu)])
 
@@ -87,31 +88,17 @@ def choose(name: str) -> Vpn:
     return VPNS[name]
 
 
-def _kernel_wireguard(hosts: Hosts, host: str, link: str) -> bool:
-    return hosts.run(host, ["ip", "link", "add", link, "type", "wireguard"], check=False).returncode == 0
-
-
-def _wait_for_links(hosts: Hosts) -> None:
+def _wait_for_links(hosts: Hosts, command: list[str]) -> None:
     for end in ENDS:
-        # wireguard-go listens for `wg` only when its link is ready; what `wg` shows is what it will take.
-        command = ["ip", "link", "show", end.name]
-        hosts.wait(
-            f"{end.name} on {end.host}",
-            lambda host=end.host, command=command: hosts.run(host, command, check=False).returncode == 0,  # type: ignore[misc]
-            PATIENCE,
-        )
+        hosts.wait(f"{end.name} on {end.host}", partial(hosts.succeeds, end.host, [*command, end.name]), PATIENCE)
 
 
 def _certificate(host: str) -> str:
     """Make a key and a self-signed certificate in DIRECTORY; its SHA-256 fingerprint as OpenVPN writes it."""
-    DIRECTORY.mkdir(exist_ok=True)
     key, certificate = DIRECTORY / f"{host}.key", DIRECTORY / f"{host}.crt"
     key.touch(mode=0o600)
     words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     run([*words, "-days", "2", "-subj", f"/CN={host}", "-keyout", os.fspath(key), "-out", os.fspath(certificate)])
     # "sha256 Fingerprint=AB:CD:…", which is how OpenVPN wants it behind the equals sign.
-    return (
-        run(["openssl", "x509", "-in", os.fspath(certificate), "-noout", "-fingerprint", "-sha256"])
-        .stdout.strip()
-        .partition("=")[2]
-    )
+    shown = run(["openssl", "x509", "-in", os.fspath(certificate), "-noout", "-fingerprint", "-sha256"]).stdout
+    return shown.strip().partition("=")[2]

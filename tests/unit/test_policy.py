@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.document import Document, IdentityTable, KernelTable
-from agent.draft import FAULTS_PER_LIST
+from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
 from agent.model import Fwmark, Identity, Kernel, Policy, Prefix
 from agent.policy import Fault, PolicyError, load, schema
 
@@ -600,7 +601,7 @@ INSIDE = "policy.toml:5: identity.inside"
         pytest.param(
             MEMBERS,
             r'members = ["file:a\u0000b"]',
-            [r'policy.toml:8: identity.inside.members: "a\u0000b" cannot be read: embedded null byte'],
+            [r'policy.toml:8: identity.inside.members: "a\u0000b" cannot be read: a NUL is in its name'],
             id="list-nul",
         ),
         # next hops
@@ -793,13 +794,21 @@ def test_bad_list(write: Write, text: str | bytes, messages: list[str]) -> None:
     assert faults(write(engineering=text)) == messages
 
 
-def test_unreadable_list(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_list(write: Write) -> None:
     """A list that may not be read is a fault of the member that names it."""
     path = write()
     Path("lists/engineering.txt").unlink()
     Path("lists/engineering.txt").symlink_to("engineering.txt")  # root may read anything but this
     told = "policy.toml:8: identity.inside.members: lists/engineering.txt cannot be read: "
     assert faults(path) == [told + "Too many levels of symbolic links"]
+
+
+def test_endless_list(write: Write) -> None:
+    """A list is read up to a size that no list of prefixes has."""
+    path = write()
+    os.truncate("lists/engineering.txt", FILE_LIMIT + 1)
+    told = "policy.toml:8: identity.inside.members: lists/engineering.txt is larger than 64 MiB"
+    assert faults(path) == [told]
 
 
 def test_empty_list_alone(write: Write) -> None:

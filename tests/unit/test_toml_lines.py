@@ -97,9 +97,18 @@ def test_no_line() -> None:
     assert Lines(DOCUMENT).of(("downstream",)) is None
 
 
-def test_lost() -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param("= 2", id="no-key"),
+        pytest.param("[table", id="open-header"),
+        pytest.param("c = ]", id="no-value"),
+        pytest.param(f"c = {5000 * '['}", id="too-deep"),
+    ],
+)
+def test_lost(wrong: str) -> None:
     """A reader that loses its way keeps what it has seen, and guesses nothing."""
-    lines = Lines("a = 1\n= 2\nb = 3\n")
+    lines = Lines(f"a = 1\n{wrong}\nb = 3\n")
     assert (lines.of(("a",)), lines.of(("b",))) == (1, None)
 
 
@@ -162,9 +171,9 @@ class Writer:
             '"""\n' + value.replace("\\", "\\\\").replace('"', '\\"') + '"""',
         ]
         if "'" not in value:
-            forms += [f"'''{value}'''"] if "\n" in value else [f"'{value}'", f"'''{value}'''"]
+            forms += [f"'''\n{value}'''"] if "\n" in value else [f"'{value}'", f"'''{value}'''"]
         if '"' not in value:
-            forms.append('"""' + value.replace("\\", "\\\\") + '"""')
+            forms.append('"""\n' + value.replace("\\", "\\\\") + '"""')
         return self.draw(st.sampled_from(forms))
 
     def pair(self, place: Place, value: Any) -> None:
