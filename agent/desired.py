@@ -149,10 +149,11 @@ def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, 
             for item in (link.addresses if link else ())
             if item.scope_global
             and not item.address.is_link_local
-            and owners.setdefault(Prefix.host(item.address), identity.name) == identity.name
+            and owners.get(Prefix.host(item.address), identity.name) == identity.name
         }
         if found:
             addresses[identity.name] = sorted_addresses(found)
+            owners |= dict.fromkeys(map(Prefix.host, found), identity.name)
     return addresses
 
 
@@ -249,12 +250,12 @@ def _routes(policy: Policy, standing: Standing, others: dict[str, Standing], fac
 def _source(standing: Standing, family: Family, facts: Facts | None) -> Address | None:
     """The address that a local program gets which asked for the identity by its mark and is bound to none.
 
-    Only one that is on the link: the kernel refuses a route whose `src` it doesn't have.
+    Only one that is on the link, and not tentative: the kernel refuses a route whose `src` it doesn't have yet.
     """
     own = standing.own(family)
     if facts:
         link = facts.link(standing.identity.link)
-        there = {item.address for item in link.addresses} if link else set()
+        there = {item.address for item in link.addresses if not item.tentative} if link else set()
         own = tuple(address for address in own if address in there)
     return own[0] if own else None
 

@@ -365,11 +365,12 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """An address of a link with its prefix length; `scope_global` as `scope global` in ip-address(8)."""
+    """An address of a link with its prefix length; `scope_global` and `tentative` as in ip-address(8)."""
 
     address: Address
     length: int
     scope_global: bool = True
+    tentative: bool = False
 
 
 @dataclass(frozen=True, slots=True)

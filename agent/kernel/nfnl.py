@@ -117,7 +117,7 @@ class Nfnl:
         return Table(
             name=name,
             counters=tuple(self.counts(name)),
-            sets=tuple(self._set(name, item) for item in sets if not _number(item.get(SET_FLAGS, b"")) & NFT_SET_ANONYMOUS),
+            sets=tuple(self._set(name, item) for item in sets if not _flags(item) & NFT_SET_ANONYMOUS),
             chains=tuple(
                 Chain(_text(item[CHAIN_NAME]), tuple(rules.get(_text(item[CHAIN_NAME]), ())), _hook(item))
                 for item in chains
@@ -125,7 +125,7 @@ class Nfnl:
         )
 
     def _set(self, table: str, item: Attributes) -> NftSet:
-        name, flags = _text(item[SET_NAME]), _number(item.get(SET_FLAGS, b""))
+        name, flags = _text(item[SET_NAME]), _flags(item)
         types = _key_types(_number(item[SET_KEY_TYPE]))
         value = ""
         if flags & NFT_SET_OBJECT:
@@ -215,6 +215,11 @@ def _text(data: bytes) -> str:
 
 def _number(data: bytes) -> int:
     return int.from_bytes(data, "big")
+
+
+def _flags(item: Attributes) -> int:
+    """A set's flags; a set without any has no such attribute."""
+    return _number(item.get(SET_FLAGS, b""))
 
 
 def _comment(userdata: bytes) -> str:

@@ -48,6 +48,7 @@ MESSAGE_HEADER = struct.Struct("=IHHI4x")
 RTM_DST_LEN, RTM_PROTOCOL = 17, 21
 
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
+IFA_F_TENTATIVE = 0x40
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
@@ -116,7 +117,12 @@ class Rtnl:
             for message in self._ipr.get_addr():
                 # On a point-to-point link IFA_ADDRESS is the peer's, IFA_LOCAL ours; IPv6 gives the latter only there.
                 text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-                address = LinkAddress(ip_address(text), message["prefixlen"], message["scope"] == RT_SCOPE_UNIVERSE)
+                address = LinkAddress(
+                    address=ip_address(text),
+                    length=message["prefixlen"],
+                    scope_global=message["scope"] == RT_SCOPE_UNIVERSE,
+                    tentative=bool((message.get_attr("IFA_FLAGS") or 0) & IFA_F_TENTATIVE),
+                )
                 addresses.setdefault(message["index"], []).append(address)
         with _asking("list links"):
             links = [

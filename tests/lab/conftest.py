@@ -14,14 +14,14 @@ from agent.lab.lab import Lab
 class Build(Protocol):
     """Builds a lab with this VPN and tunnel MTU; it ends with the test. One at a time: the hosts' names are taken."""
 
-    def __call__(self, vpn: str = "wireguard", mtu: int | None = None) -> Lab: ...
+    def __call__(self, kind: str = "wireguard", mtu: int | None = None) -> Lab: ...
 
 
 @pytest.fixture
 def build() -> Iterator[Build]:
     """Builds the lab that the test wants."""
     with contextlib.ExitStack() as stack:
-        yield lambda vpn="wireguard", mtu=None: stack.enter_context(Lab(vpn, mtu))
+        yield lambda kind="wireguard", mtu=None: stack.enter_context(Lab(kind, mtu))
 
 
 @pytest.fixture

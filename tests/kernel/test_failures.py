@@ -1,0 +1,291 @@
+"""Applies that fail, are killed or meet each other: what is in force then, and that no packet leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from agent import reconcile
+from agent.kernel import KernelError
+from agent.plan import Plan
+from agent.reconcile import ApplyError
+from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
+from tests.kernel.conftest import Gateway, Peers
+from tests.kernel.net import CHOST, INSIDE, LAN_HOST, OUTSIDE, WILD, Host
+
+FIRST = policy_text({"members": MEMBERS, "masquerade": True})
+#: Everything that a change can be at once: other numbers, another mark, another table, another identity, members moved.
+SECOND = policy_text(
+    {"id": 3, "members": ["10.9.0.0/25", "2001:db8:9::/65"], "masquerade": True, "when_down": "outside"},
+    {"members": ["10.9.0.128/25", "2001:db8:9:0:8000::/65"], "masquerade": True},
+    backup={"id": 5, "link": "wan", "addresses": ["203.0.113.3"], "next_hop": ["203.0.113.9"]},
+    kernel={"table_base": 5000, "rule_priority": 3000, "mark_mask": 0xFF0000, "hook_priority": -120, "enforce": False},
+    downstream=["lan"],
+)
+#: The methods of the seams that change the kernel.
+ACTS = {
+    *("add_route", "replace_route", "delete_route", "add_rule", "delete_rule"),
+    *("load", "set_src_valid_mark", "restore_src_valid_mark"),
+}
+
+
+@dataclass
+class Watched:
+    """The seams of a kernel, with somebody told before and after each act; `acts` counts them."""
+
+    kernel: reconcile.Kernel
+    before: Callable[[int], None] = lambda number: None
+    after: Callable[[int], None] = lambda number: None
+    acts: int = field(default=0)
+
+    def seams(self) -> reconcile.Kernel:
+        """To hand to the agent in the place of the kernel's own."""
+        rtnl, nft, sysctls = (_Seam(s, self) for s in (self.kernel.rtnl, self.kernel.nft, self.kernel.sysctls))
+        return reconcile.Kernel(cast("Any", rtnl), cast("Any", nft), cast("Any", sysctls))
+
+    def act(self, method: Callable[..., object], *arguments: object) -> object:
+        self.acts += 1
+        number = self.acts
+        self.before(number)
+        answer = method(*arguments)
+        self.after(number)
+        return answer
+
+
+@dataclass
+class _Seam:
+    real: object
+    watched: Watched
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.real, name)
+        return (lambda *arguments: self.watched.act(method, *arguments)) if name in ACTS else method
+
+
+@pytest.fixture
+def admin(netns: Host, peers: Peers, tmp_path: Path) -> Admin:
+    lay_links(netns, peers("far"))
+    netns.sysctl("net/ipv4/conf/all/rp_filter", 1)
+    return Admin(netns, tmp_path)
+
+
+def ordered(inventory: str) -> list[str]:
+    """Without the order in which things were made: what is taken back stands last."""
+    return sorted(inventory.splitlines())
+
+
+def first_apply(admin: Admin, kernel: reconcile.Kernel) -> Plan:
+    return reconcile.look(admin.write(FIRST), kernel).plan
+
+
+def change_of_policy(admin: Admin, kernel: reconcile.Kernel) -> Plan:
+    admin.apply(FIRST)
+    admin.host.send(WILD["ipv4"], INSIDE["ipv4"])
+    return reconcile.look(admin.write(SECOND), kernel).plan
+
+
+def change_back(admin: Admin, kernel: reconcile.Kernel) -> Plan:
+    admin.apply(SECOND)
+    return reconcile.look(admin.write(FIRST), kernel).plan
+
+
+def removal(admin: Admin, kernel: reconcile.Kernel) -> Plan:
+    admin.apply(FIRST)
+    return reconcile.removal(reconcile.observe(kernel, "idmark", reconcile.Facts()))
+
+
+OCCASIONS = pytest.mark.parametrize("occasion", [first_apply, change_of_policy, change_back, removal])
+
+
+@OCCASIONS
+def test_whatever_step_fails_nothing_has_changed(
+    admin: Admin, occasion: Callable[[Admin, reconcile.Kernel], Plan]
+) -> None:
+    """When the kernel refuses the n-th step, for every n, all is as it was, and the error says so."""
+    with reconcile.opened() as kernel:
+        plan = occasion(admin, kernel)
+        before = ordered(admin.inventory())
+        for refused in range(1, len(plan.steps) + 1):
+
+            def refuse(number: int, refused: int = refused) -> None:
+                if number == refused:
+                    raise KernelError(f"step {number}", "refused")
+
+            with pytest.raises(ApplyError, match=f"^step {refused}: refused; what was in force before still is$"):
+                reconcile.apply(plan, Watched(kernel, before=refuse).seams())
+            assert ordered(admin.inventory()) == before, f"step {refused}: {plan.steps[refused - 1]}"
+
+
+@OCCASIONS
+def test_interrupted_after_any_step_nothing_has_changed(
+    admin: Admin, occasion: Callable[[Admin, reconcile.Kernel], Plan]
+) -> None:
+    """Ctrl-C that comes when the kernel has just done the n-th step, for every n, leaves all as it was."""
+    with reconcile.opened() as kernel:
+        plan = occasion(admin, kernel)
+        before = ordered(admin.inventory())
+        for last in range(1, len(plan.steps) + 1):
+
+            def interrupt(number: int, last: int = last) -> None:
+                if number == last:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                reconcile.apply(plan, Watched(kernel, after=interrupt).seams())
+            assert ordered(admin.inventory()) == before, f"step {last}: {plan.steps[last - 1]}"
+
+
+def test_what_cannot_be_taken_back_is_told(admin: Admin) -> None:
+    """When taking back fails as well, the error names both."""
+
+    def refuse(number: int) -> None:
+        if number >= 6:
+            raise KernelError(f"step {number}", "refused")
+
+    with reconcile.opened() as kernel, pytest.raises(ApplyError) as error:
+        reconcile.apply(first_apply(admin, kernel), Watched(kernel, before=refuse).seams())
+    assert re.match(
+        r"step 6: refused; and what was done could not all be taken back: step 7: refused; ", str(error.value)
+    )
+    admin.apply(FIRST)
+    assert admin.plan(FIRST).text == ""
+
+
+# --- with packets under way ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway_admin(gateway: Gateway, tmp_path: Path) -> Admin:
+    return Admin(gateway.gw, tmp_path)
+
+
+def send_from_everybody(gateway: Gateway) -> None:
+    """One datagram each from I, O and a member, to both worlds, in both families. Those that are refused are fine."""
+    for family in ("ipv4", "ipv6"):
+        for far in (WILD[family], CHOST[family]):
+            for host, source in ((gateway.gw, INSIDE), (gateway.gw, OUTSIDE), (gateway.lan, LAN_HOST)):
+                with contextlib.suppress(OSError):
+                    host.send(far, source[family])
+
+
+def foreign_sources(gateway: Gateway) -> dict[str, int]:
+    """The packets that a far end saw of an identity that is not its customer."""
+    return {
+        f"{host.name} {counter}": host.counter(counter, "bcp38")
+        for host in (gateway.isp, gateway.corp)
+        for counter in ("foreign4", "foreign6")
+    }
+
+
+def sent(gateway: Gateway) -> int:
+    """UDP datagrams that arrived at either far end."""
+    return sum(host.counter("datagrams", "seen") for host in (gateway.isp, gateway.corp))
+
+
+def count_datagrams(gateway: Gateway) -> None:
+    for host in (gateway.isp, gateway.corp):
+        host.nft("""
+            table inet seen {
+                counter datagrams { }
+                chain arriving {
+                    type filter hook prerouting priority -310; policy accept;
+                    iifname "gw" udp dport 9 counter name datagrams
+                }
+            }
+        """)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(policy_text({"members": MEMBERS, "masquerade": True, "id": 7}), id="id"),
+        pytest.param(policy_text({"members": MEMBERS, "masquerade": True, "id": 2}, {"id": 1}), id="ids-exchanged"),
+        pytest.param(
+            policy_text(
+                {"members": MEMBERS, "masquerade": True},
+                kernel={"table_base": 5000, "rule_priority": 3000, "mark_mask": 0xFF0000, "hook_priority": -120},
+            ),
+            id="kernel",
+        ),
+        pytest.param(
+            policy_text({"members": MEMBERS, "masquerade": True}, kernel={"nft_table": "idmark_2"}), id="table"
+        ),
+        pytest.param(policy_text({}, {"members": MEMBERS, "masquerade": True}), id="member-of-another"),
+    ],
+)
+def test_no_packet_leaks_between_the_steps_of_a_change(gateway: Gateway, gateway_admin: Admin, change: str) -> None:
+    """With packets between every two steps of a change there and back, the far ends see no foreign source."""
+    admin = gateway_admin
+    count_datagrams(gateway)
+    admin.apply(FIRST)
+    with reconcile.opened() as kernel:
+        for text in (change, FIRST):
+            plan = reconcile.look(admin.write(text), kernel).plan
+            watched = Watched(kernel, after=lambda number: send_from_everybody(gateway))
+            reconcile.apply(plan, watched.seams())
+            assert watched.acts == len(plan.steps) > 1
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+    assert sent(gateway) > 0
+
+
+def test_no_packet_leaks_while_a_change_is_taken_back(gateway: Gateway, gateway_admin: Admin) -> None:
+    """The same when the last step fails and all others are taken back one by one."""
+    admin = gateway_admin
+    admin.apply(FIRST)
+    with reconcile.opened() as kernel:
+        plan = reconcile.look(admin.write(SECOND), kernel).plan
+
+        def refuse(number: int) -> None:
+            if number == len(plan.steps):
+                raise KernelError("the last step", "refused")
+
+        watched = Watched(kernel, before=refuse, after=lambda number: send_from_everybody(gateway))
+        with pytest.raises(ApplyError, match="what was in force before still is"):
+            reconcile.apply(plan, watched.seams())
+    assert watched.acts > len(plan.steps) + 1
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
+def test_killed_at_any_moment_it_neither_leaks_nor_sticks(gateway: Gateway, gateway_admin: Admin) -> None:
+    """After kill -9 of an apply at 20 moments of it: no leak, and the next apply has everything in force."""
+    admin = gateway_admin
+    admin.apply(FIRST)
+    chance = random.Random(4001)  # noqa: S311
+    texts = [SECOND, FIRST]
+    with reconcile.opened() as kernel:
+        steps = len(reconcile.look(admin.write(SECOND), kernel).plan.steps)
+    for turn in range(20):
+        admin.write(texts[turn % 2])
+        moment = chance.randrange(steps)
+        with admin.host.events(socket.NETLINK_ROUTE, 7, 8, 11, 19) as events:
+            process = subprocess.Popen(admin.command("apply"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seen = 0
+            while seen <= moment and process.poll() is None:
+                seen += len(events.kinds())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        send_from_everybody(gateway)
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+    admin.apply(FIRST)
+    assert admin.plan(FIRST).text == ""
+
+
+def test_two_applies_at_once(admin: Admin) -> None:
+    """Of two applies at the same time one waits for the other: both end well, and the policy is in force."""
+    admin.write(FIRST)
+    both = [subprocess.Popen(admin.command("apply"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = sorted(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert re.match(r"in force: \d+ changes, plan [0-9a-f]{64}\n", answers[0])
+    assert answers[1] == "in force: nothing to do\n"
+    assert admin.plan(FIRST).text == ""
