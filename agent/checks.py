@@ -90,7 +90,7 @@ def _rule_priorities(draft: Draft) -> Iterator[tuple[Place, str, int]]:
 def _early_hook(draft: Draft) -> Iterator[Fault]:
     priority = draft.kernel.hook_priority
     if priority is not None and priority <= -150:
-        # M12 of the kernel facts: "meta mark set ct mark" of a mangle chain that runs later wipes our bits.
+        # "meta mark set ct mark" of a mangle chain that runs later (wg-quick, NetworkManager) wipes our bits.
         yield draft.fault(
             ("kernel", "hook_priority"),
             f"{priority} is not after mangle (-150): a table there that restores marks takes ours away",

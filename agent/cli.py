@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from agent import IdmarkError
+
 if TYPE_CHECKING:
     from agent.model import Policy
     from agent.proof import Answer, Packet
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
 OK, DIFFERS, TROUBLE = 0, 1, 2
 CAP_NET_ADMIN = 12
+#: How often apply looks whether there is something left to do: a host may be in motion while it works.
+PASSES = 3
 
 
-class UsageError(Exception):
+class UsageError(IdmarkError):
     """What was asked can't be done as asked; the text says how it can."""
 
 
@@ -48,27 +52,22 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return TROUBLE
+    except IdmarkError as error:
+        return _trouble(error.lines())
     except Exception as error:
-        for line in _explained(error):
-            print(line, file=sys.stderr)
-        return TROUBLE
+        # A fault of ours; no traceback ever reaches an operator.
+        return _trouble([f"idmark: internal error, please report it: {type(error).__name__}: {error}"])
     return code
+
+
+def _trouble(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line, file=sys.stderr)
+    return TROUBLE
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
-
-
-def _explained(error: Exception) -> list[str]:
-    """An error in one or a few lines. Those that the agent raises say what was being done; no other should come."""
-    from agent.kernel import KernelError  # noqa: PLC0415
-    from agent.lab import LabError  # noqa: PLC0415
-
-    names = {"PolicyError", "HostError", "ApplyError", "FactsError"}
-    if isinstance(error, UsageError | KernelError | LabError) or type(error).__name__ in names:
-        lines = str(error).splitlines()
-        return lines if type(error).__name__ == "PolicyError" else [f"idmark: {lines[0]}", *lines[1:]]
-    return [f"idmark: internal error, please report it: {type(error).__name__}: {error}"]
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -167,8 +166,13 @@ def apply(args: argparse.Namespace) -> int:
             _complain(f"the plan is {seen.plan.digest}, not {args.expect} as expected; nothing was changed")
             return DIFFERS
         _notes(seen.desired.notes)
-        reconcile.apply(seen.plan, kernel)
-        left = reconcile.look(policy, kernel).plan
+        left = seen.plan
+        # A plan that was approved is applied once: what would come after it was not approved.
+        for _attempt in range(1 if args.expect else PASSES):
+            reconcile.apply(left, kernel)
+            left = reconcile.look(policy, kernel).plan
+            if not left.steps:
+                break
     if left.steps:
         print(left.text, end="")
         _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")

@@ -8,12 +8,13 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
-from agent.kernel.rtnl import HOUSEHOLD, RTPROT_KERNEL, RTPROT_RA, Rtnl
+from agent import IdmarkError
+from agent.kernel.rtnl import CONNECTED, Rtnl
 from agent.kernel.sysctl import Sysctls
-from agent.model import Facts, Family, Policy, Prefix, Route
+from agent.model import Facts, Family, Link, Policy, Prefix, Route
 
 
-class FactsError(Exception):
+class FactsError(IdmarkError):
     """A facts file that can't be used; the text names the file and why."""
 
 
@@ -23,30 +24,23 @@ def take(policy: Policy, rtnl: Rtnl, sysctls: Sysctls) -> Facts:
     Raises KernelError.
     """
     own = {identity.link for identity in policy.identities}
-    links = rtnl.links()
-    known = tuple(
-        replace(link, rp_filter=sysctls.rp_filter(link.name), src_valid_mark=sysctls.src_valid_mark(link.name))
-        if link.name in own
-        else link
-        for link in links
-    )
+    links = tuple(_with_sysctls(link, sysctls) if link.name in own else link for link in rtnl.links())
     there = {link.name for link in links}
-    routes: dict[Route, None] = {}
+    routes: set[Route] = set()
     for family in Family:
-        for link in sorted(own & there):
-            routes |= dict.fromkeys(rtnl.main_routes(family, link=link, wanted=_of_the_household))
+        for link in own & there:
+            routes.update(rtnl.main_routes(family, link=link, near=True))
         if policy.downstream is None:
-            for protocol in (RTPROT_KERNEL, RTPROT_RA):
-                routes |= dict.fromkeys(rtnl.main_routes(family, protocol=protocol))
+            for protocol in CONNECTED[family]:
+                routes.update(rtnl.main_routes(family, protocol=protocol))
         else:
-            for link in sorted(there & set(policy.downstream)):
-                routes |= dict.fromkeys(rtnl.main_routes(family, link=link))
-    return Facts(known, tuple(sorted(routes, key=lambda route: (route.key, str(route)))))
+            for link in there & set(policy.downstream):
+                routes.update(rtnl.main_routes(family, link=link))
+    return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))))
 
 
-def _of_the_household(length: int, protocol: int) -> bool:
-    """Defaults by whomever, and else what no routing daemon made."""
-    return not length or protocol in HOUSEHOLD
+def _with_sysctls(link: Link, sysctls: Sysctls) -> Link:
+    return replace(link, rp_filter=sysctls.rp_filter(link.name), src_valid_mark=sysctls.src_valid_mark(link.name))
 
 
 def dump(facts: Facts) -> str:

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from agent import IdmarkError
 from agent.checks import CHECKS, WARNINGS
 from agent.document import read_document, schema
 from agent.draft import Draft, UnreadableError, read_text
@@ -22,12 +23,16 @@ from agent.toml_lines import Lines
 __all__ = ["Fault", "PolicyError", "load", "schema"]
 
 
-class PolicyError(Exception):
+class PolicyError(IdmarkError):
     """A policy that can't be used. `faults` holds all that is wrong with it, sorted by file and line."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = in_order(faults)
         super().__init__("\n".join(map(str, self.faults)))
+
+    def lines(self) -> list[str]:
+        """A line a fault, each beginning with its place."""
+        return [str(fault) for fault in self.faults]
 
 
 def load(path: Path) -> Policy:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from agent import IdmarkError, model, ruleset
 from agent import facts as host
-from agent import model, ruleset
 from agent.desired import Desired, desire
 from agent.kernel import KernelError, runtime
 from agent.kernel.nfnl import Nfnl
@@ -34,7 +35,7 @@ from agent.plan import (
 log = logging.getLogger(__name__)
 
 
-class HostError(Exception):
+class HostError(IdmarkError):
     """The policy can't be in force on this host; `faults` say why, each a sentence. Nothing was changed."""
 
     def __init__(self, faults: tuple[str, ...]) -> None:
@@ -42,7 +43,7 @@ class HostError(Exception):
         self.faults = faults
 
 
-class ApplyError(Exception):
+class ApplyError(IdmarkError):
     """A step failed. The text says which, and what is in force now."""
 
 
@@ -119,16 +120,28 @@ def apply(chosen: Plan, kernel: Kernel) -> None:
             if isinstance(step, Load):
                 kernel.nft.check(step.text)
         for step in chosen.steps:
-            back = _before(step, kernel)
-            _take(step, kernel)
-            undo.append(back)
+            with _signals_held():
+                back = _before(step, kernel)
+                _take(step, kernel)
+                undo.append(back)
     except BaseException as error:  # also Ctrl-C and SIGTERM: never a mixture
-        left = _take_back(undo, kernel)
+        with _signals_held():
+            left = _take_back(undo, kernel)
         if left:
             raise ApplyError(f"{error}; and what was done could not all be taken back: {'; '.join(left)}") from error
         if isinstance(error, KernelError):
             raise ApplyError(f"{error}; what was in force before still is") from error
         raise
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end: a step that was taken is also on record to be taken back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def remove(kernel: Kernel) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from agent import IdmarkError
 
-class LabError(Exception):
+
+class LabError(IdmarkError):
     """The lab can't be had, or something in it did not come up. The message is one line, for a person."""
