@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
-    from agent.model import Policy
+    from agent.model import Address, Policy
     from agent.proof import Answer, Packet
-    from agent.reconcile import Kernel
+    from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
 
@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     args = _parser().parse_args(argv)
-    # A unit that is stopped in the middle of an apply takes back what it had begun.
-    signal.signal(signal.SIGTERM, _stop)
+    # A unit that is stopped, or a terminal that hangs up, in the middle of an apply: what was begun is taken back.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -107,7 +108,7 @@ def render(args: argparse.Namespace) -> int:
     if args.check:
         if not args.output:
             raise UsageError("render --check wants the folder to compare with: -o DIR")
-        different = [name for name, text in files.items() if _content(args.output / name) != text]
+        different = [name for name, text in files.items() if _content(args.output / name) != text.encode()]
         for name in different:
             print(f"{args.output / name}: is not what {args.policy} renders to")
         return DIFFERS if different else OK
@@ -144,10 +145,10 @@ def plan(args: argparse.Namespace) -> int:
         seen = look(policy, kernel)
     steps = seen.plan.text
     if args.json:
-        notes = list(seen.desired.notes)
+        notes = list(seen.notes)
         print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": notes}, indent=1))
     else:
-        _notes(seen.desired.notes)
+        _notes(seen.notes)
         print(steps, end="")
         print(f"# plan {seen.plan.digest}" if steps else "# in force: nothing to do")
     return DIFFERS if steps else OK
@@ -165,11 +166,12 @@ def apply(args: argparse.Namespace) -> int:
             print(seen.plan.text, end="")
             _complain(f"the plan is {seen.plan.digest}, not {args.expect} as expected; nothing was changed")
             return DIFFERS
-        _notes(seen.desired.notes)
-        left = seen.plan
+        _notes(seen.notes)
+        left, changes = seen.plan, 0
         # A plan that was approved is applied once: what would come after it was not approved.
         for _attempt in range(1 if args.expect else PASSES):
             reconcile.apply(left, kernel)
+            changes += len(left.text.splitlines())
             left = reconcile.look(policy, kernel).plan
             if not left.steps:
                 break
@@ -177,7 +179,6 @@ def apply(args: argparse.Namespace) -> int:
         print(left.text, end="")
         _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
         return TROUBLE
-    changes = len(seen.plan.text.splitlines())
     print(f"in force: {changes} changes, plan {seen.plan.digest}" if changes else "in force: nothing to do")
     return OK
 
@@ -198,13 +199,10 @@ def status(args: argparse.Namespace) -> int:
 def explain(args: argparse.Namespace) -> int:
     """One packet's way, step by step, and whether the kernel agrees."""
     from agent import proof  # noqa: PLC0415
-    from agent.model import Family, parse_address  # noqa: PLC0415
+    from agent.model import Family  # noqa: PLC0415
     from agent.reconcile import look  # noqa: PLC0415
 
-    try:
-        source, destination = parse_address(args.source), parse_address(args.destination)
-    except ValueError as error:
-        raise UsageError(f"explain {args.source} {args.destination}: one of them {error}") from error
+    source, destination = _address(args.source), _address(args.destination)
     if Family.of(source) is not Family.of(destination):
         raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
     policy = _policy(args)
@@ -225,7 +223,16 @@ def explain(args: argparse.Namespace) -> int:
     return DIFFERS if explanation.agrees is False else OK
 
 
-def _asker(kernel: Kernel) -> Callable[[Packet, int], Answer]:
+def _address(text: str) -> Address:
+    from agent.model import parse_address  # noqa: PLC0415
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise UsageError(f"explain: {text} {error}") from error
+
+
+def _asker(kernel: Seams) -> Callable[[Packet, int], Answer]:
     def ask(packet: Packet, fwmark: int) -> Answer:
         found = kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
         return found.table, found.link, found.error or ""
@@ -279,7 +286,7 @@ def _kernel(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     if not _may_administer():
         raise UsageError(f"{args.verb} reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)")
-    if args.netns:
+    if args.netns is not None:  # an empty name is a script's mistake, and not this namespace
         netns.enter(args.netns)
     return opened()
 
@@ -297,13 +304,13 @@ def _host_faults(faults: tuple[str, ...]) -> None:
         raise HostError(faults)
 
 
-def _content(path: Path) -> str | None:
+def _content(path: Path) -> bytes | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"read {path}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"read {path}: {error.strerror}") from error
 
 
 def _plain(fault: object) -> dict[str, object]:

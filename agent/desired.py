@@ -286,7 +286,9 @@ def _connected(facts: Facts, links: set[str], family: Family) -> Iterator[Route]
 
 
 def _hops_on(route: Route, links: set[str]) -> tuple[Hop, ...]:
-    return tuple(hop for hop in route.hops if hop.link in links)
+    hops = tuple(hop for hop in route.hops if hop.link in links)
+    # A weight is to other hops; the kernel forgets that of a single one.
+    return (replace(hops[0], weight=1),) if len(hops) == 1 else hops
 
 
 def _link_local(route: Route) -> bool:

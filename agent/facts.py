@@ -63,7 +63,7 @@ def load(path: Path) -> Facts:
     except ValidationError as error:
         first = error.errors()[0]
         raise FactsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FactsError(f"{path}: this is no facts file as `idmark facts` writes it ({error})") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import shlex
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -211,7 +212,8 @@ class Hop:
 
     def words(self, family: Family) -> str:
         """As in ip-route(8). A gateway of the other family (RFC 5549) is announced by its family's name."""
-        words = f"dev {self.link}"
+        # The kernel allows link names that a shell would not leave alone.
+        words = f"dev {shlex.quote(self.link)}"
         if self.via:
             words = f"via {'' if Family.of(self.via) is family else 'inet6 '}{self.via} {words}"
         return f"{words} onlink" if self.onlink else words
@@ -236,6 +238,11 @@ class Route:
     def key(self) -> tuple[Prefix, int, int]:
         """What the kernel tells routes apart by; a second route with the same key replaces the first."""
         return (self.destination, self.table, self.metric)
+
+    @property
+    def words(self) -> str:
+        """The words of ip-route(8), without whose it is."""
+        return str(self).replace(f" protocol {PROTOCOL}", "")
 
     def __str__(self) -> str:
         """The words behind `ip route add`."""
@@ -295,14 +302,15 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """Where a base chain is called: its type, hook and priority. None of them can be changed in place."""
+    """Where a base chain is called: its type, hook and priority, which can't be changed in place; and its policy."""
 
     kind: str
     hook: str
     priority: int
+    policy: str = "accept"
 
     def __str__(self) -> str:
-        return f"type {self.kind} hook {self.hook} priority {self.priority}; policy accept;"
+        return f"type {self.kind} hook {self.hook} priority {self.priority}; policy {self.policy};"
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,12 +352,13 @@ class NftSet:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Our nft table: names of counters, sets and maps, chains."""
+    """Our nft table: names of counters, sets and maps, chains. A dormant table's chains are not called."""
 
     name: str
     counters: tuple[str, ...] = ()
     sets: tuple[NftSet, ...] = ()
     chains: tuple[Chain, ...] = ()
+    dormant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

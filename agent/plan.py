@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from agent import ruleset
 from agent.desired import Desired
-from agent.model import METRIC_LAST, Route, Rule, Table
+from agent.model import METRIC_LAST, Fwmark, Route, Rule, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,8 @@ class Observed:
     """What the kernel has that is ours: routes and rules by protocol number, the nft table, links by our own record.
 
     `rules` keep the kernel's order and may hold one twice. `other_tables` are ours from when the policy named the
-    table otherwise. `src_valid_mark` are the links where it takes effect,
-    `src_valid_mark_ours` those where we set it.
+    table otherwise. `src_valid_mark` are the identities' links on which it takes effect, `src_valid_mark_ours` those
+    where we set it. `foreign_routes` are other people's in our routing tables.
     """
 
     routes: frozenset[Route] = frozenset()
@@ -27,6 +28,15 @@ class Observed:
     other_tables: tuple[str, ...] = ()
     src_valid_mark: frozenset[str] = frozenset()
     src_valid_mark_ours: frozenset[str] = frozenset()
+    foreign_routes: tuple[Route, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should hear of."""
+        return tuple(
+            f"table {route.table} holds a route that is not idmark's, and packets may follow it: {route.words}"
+            for route in self.foreign_routes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +103,12 @@ class SetSrcValidMark:
     link: str
     on: bool
 
+    def __str__(self) -> str:
+        """The command; with slashes, for a link's name may hold a dot (sysctl(8))."""
+        return f"sysctl -w net/ipv4/conf/{shlex.quote(self.link)}/src_valid_mark={int(self.on)}"
+
     def lines(self) -> Iterator[str]:
-        # With slashes: a link's name may hold a dot (sysctl(8)).
-        yield f"{'+' if self.on else '-'} sysctl -w net/ipv4/conf/{self.link}/src_valid_mark={int(self.on)}"
+        yield f"{'+' if self.on else '-'} {self}"
 
     def inverse(self) -> Step:
         return SetSrcValidMark(self.link, not self.on)
@@ -103,9 +116,9 @@ class SetSrcValidMark:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One nft transaction, on these tables. Its inverse is their listing from before: only who acts can take that."""
+    """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that."""
 
-    tables: tuple[str, ...]
+    table: str
     commands: tuple[str, ...]
 
     @property
@@ -146,15 +159,18 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     its table's last route falls through to main: both would be leaks.
     """
     wanted = ruleset.table(desired)
-    commands = (*ruleset.transaction(wanted, observed.table), *_delete_tables(observed.other_tables))
+    strays = _strays(desired, observed)
+    commands = ruleset.transaction(wanted, observed.table, rules_anew=bool(strays))
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
     add_rules, delete_rules = _rule_steps(desired.rules, observed.rules)
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
+            *([Load(wanted.name, tuple(ruleset.closing(wanted.name, strays)))] if strays else []),
             *add_routes,
             *add_rules,
-            *([Load((wanted.name, *observed.other_tables), commands)] if commands else []),
+            *([Load(wanted.name, commands)] if commands else []),
+            *map(_delete_table, observed.other_tables),
             *delete_rules,
             *delete_routes,
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
@@ -162,12 +178,30 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     )
 
 
+def _strays(desired: Desired, observed: Observed) -> list[Fwmark]:
+    """The marks of the ruleset that is there which would follow a road of another identity until the new one is loaded.
+
+    So it is when ids are swapped, or tables or the mask move: old marks meet new rules and routes. They are closed
+    for that while; enforcement, which would drop and count them as misrouted, may be off.
+    """
+    roads = ruleset.roads(observed.table) if observed.table else {}
+    rules = desired.rules | set(observed.rules)
+    masks = {rule.fwmark.mask for rule in observed.rules if rule.fwmark}
+    strays = []
+    for mark, links in roads.items():
+        tables = {rule.table for rule in rules if rule.fwmark and mark & rule.fwmark.mask == rule.fwmark.value}
+        routes = (route for route in desired.routes if route.table in tables and not route.destination.length)
+        if any(hop.link not in links for route in routes for hop in route.hops):
+            strays += [Fwmark(mark, mask) for mask in sorted(masks) if not mark & ~mask]
+    return strays
+
+
 def removal(observed: Observed) -> Plan:
     """How to take away all that is ours: it needs no policy."""
     tables = (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
     return Plan(
         (
-            *([Load(tables, _delete_tables(tables))] if tables else []),
+            *map(_delete_table, tables),
             *map(DeleteRule, observed.rules),
             *map(DeleteRoute, sorted(observed.routes, key=_deletion_order)),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours)),
@@ -175,8 +209,8 @@ def removal(observed: Observed) -> Plan:
     )
 
 
-def _delete_tables(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"delete table inet {name}" for name in names)
+def _delete_table(name: str) -> Load:
+    return Load(name, (f"delete table inet {name}",))
 
 
 def _route_steps(desired: frozenset[Route], observed: frozenset[Route]) -> tuple[list[Step], list[Step]]:

@@ -92,6 +92,10 @@ def explain(
     steps += _verdict(agrees, answer)
     if agrees is False and foreign:
         steps.append(("remedy", "move the rule that comes first behind ours, or ours before it (rule_priority)"))
+    elif agrees is False and answer and answer[0] == identity.table:
+        steps.append(
+            ("remedy", f"another route in table {identity.table} leads there: ip route show table {identity.table}")
+        )
     elif agrees is False:
         forwarding = "is forwarding on, is its link right, " if packet.arriving else ""
         steps.append(("remedy", f"{forwarding}is everything in force (idmark plan)?"))

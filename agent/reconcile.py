@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,8 +31,6 @@ from agent.plan import (
     removal,
 )
 
-log = logging.getLogger(__name__)
-
 
 class HostError(IdmarkError):
     """The policy can't be in force on this host; `faults` say why, each a sentence. Nothing was changed."""
@@ -48,7 +45,7 @@ class ApplyError(IdmarkError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class Seams:
     """The seams, all opened in one network namespace."""
 
     rtnl: Rtnl
@@ -58,10 +55,10 @@ class Kernel:
 
 
 @contextmanager
-def opened() -> Iterator[Kernel]:
+def opened() -> Iterator[Seams]:
     """The seams to the kernel of this thread's namespace. Raises KernelError."""
     with Rtnl() as rtnl, Nfnl() as nfnl:
-        yield Kernel(rtnl, nfnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
+        yield Seams(rtnl, nfnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +70,25 @@ class Look:
     observed: Observed
     plan: Plan
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should hear of."""
+        return (*self.desired.notes, *self.observed.notes)
 
-def look(policy: Policy, kernel: Kernel) -> Look:
+
+def look(policy: Policy, kernel: Seams) -> Look:
     """Read the kernel and plan. Changes nothing. Raises KernelError, and HostError for a policy that can't be here."""
     facts = host.take(policy, kernel.rtnl, kernel.sysctls)
     desired = desire(policy, facts)
     if desired.faults:
         raise HostError(desired.faults)
-    observed = observe(kernel, policy.kernel.nft_table, facts)
+    tables = [identity.table for identity in policy.identities]
+    observed = observe(kernel, policy.kernel.nft_table, facts, tables)
     return Look(facts, desired, observed, plan(desired, observed))
 
 
-def observe(kernel: Kernel, table: str, facts: Facts) -> Observed:
-    """What the kernel has that is ours. Raises KernelError."""
+def observe(kernel: Seams, table: str, facts: Facts, routing_tables: Iterable[int] = ()) -> Observed:
+    """What the kernel has that is ours, and what others have put into our routing tables. Raises KernelError."""
     return Observed(
         routes=kernel.rtnl.our_routes(),
         rules=kernel.rtnl.our_rules(),
@@ -93,20 +96,21 @@ def observe(kernel: Kernel, table: str, facts: Facts) -> Observed:
         other_tables=tuple(name for name in _idmark_tables(kernel) if name != table and _is_ours(kernel, name)),
         src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
         src_valid_mark_ours=kernel.sysctls.ours(),
+        foreign_routes=tuple(route for number in routing_tables for route in kernel.rtnl.foreign_routes(number)),
     )
 
 
-def _idmark_tables(kernel: Kernel) -> Iterator[str]:
+def _idmark_tables(kernel: Seams) -> Iterator[str]:
     return (name for name in kernel.nfnl.tables() if name.startswith(model.Kernel().nft_table))
 
 
-def _is_ours(kernel: Kernel, name: str) -> bool:
+def _is_ours(kernel: Seams, name: str) -> bool:
     """A table of ours carries its rules' digest; one that only sounds like ours may be an operator's."""
     table = kernel.nfnl.table(name)
     return table is not None and ruleset.digest(table) is not None
 
 
-def apply(chosen: Plan, kernel: Kernel) -> None:
+def apply(chosen: Plan, kernel: Seams) -> None:
     """Take the steps of a plan in their order.
 
     When one fails, those before it are taken back in reverse: what was in force before is in force again. Raises
@@ -124,7 +128,7 @@ def apply(chosen: Plan, kernel: Kernel) -> None:
                 back = _before(step, kernel)
                 _take(step, kernel)
                 undo.append(back)
-    except BaseException as error:  # also Ctrl-C and SIGTERM: never a mixture
+    except BaseException as error:  # also Ctrl-C and the like: never a mixture
         with _signals_held():
             left = _take_back(undo, kernel)
         if left:
@@ -136,33 +140,31 @@ def apply(chosen: Plan, kernel: Kernel) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end: a step that was taken is also on record to be taken back."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Ctrl-C, SIGTERM and a hang-up wait for the end: a step that was taken is on record to be taken back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def remove(kernel: Kernel) -> Plan:
+def remove(kernel: Seams) -> Plan:
     """Take away all that is ours, and say what that was; it needs no policy. Raises KernelError or ApplyError."""
     taken = removal(observe(kernel, model.Kernel().nft_table, Facts()))
     apply(taken, kernel)
     return taken
 
 
-def _before(step: Step, kernel: Kernel) -> Step:
+def _before(step: Step, kernel: Seams) -> Step:
     """The step back. Only the kernel knows what an nft transaction is going to change: its table is listed before."""
     if not isinstance(step, Load):
         return step.inverse()
-    commands = []
-    for name in step.tables:
-        # `add` and `delete` in front: it goes whether it is there or not.
-        commands += [f"add table inet {name}", f"delete table inet {name}", kernel.nft.text(name) or ""]
-    return Load(step.tables, tuple(commands))
+    name = step.table
+    # `add` and `delete` in front: it goes whether it is there or not.
+    return Load(name, (f"add table inet {name}", f"delete table inet {name}", kernel.nft.text(name) or ""))
 
 
-def _take(step: Step, kernel: Kernel) -> None:
+def _take(step: Step, kernel: Seams) -> None:
     match step:
         case AddRoute(route):
             kernel.rtnl.add_route(route)
@@ -182,7 +184,7 @@ def _take(step: Step, kernel: Kernel) -> None:
             kernel.nft.load(step.text)
 
 
-def _take_back(undo: list[Step], kernel: Kernel) -> list[str]:
+def _take_back(undo: list[Step], kernel: Seams) -> list[str]:
     """What could not be taken back, in words."""
     left = []
     for step in reversed(undo):

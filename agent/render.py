@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from agent import ruleset
 from agent.desired import Desired, Standing, detours
 from agent.model import Rule
-from agent.plan import addition_order, rule_order
+from agent.plan import SetSrcValidMark, addition_order, rule_order
 
 RULESET = "ruleset.nft"
 ROUTING = "routing.txt"
@@ -41,7 +41,7 @@ def routing_text(desired: Desired) -> str:
             "# Strict rp_filter is to judge a packet by the table of its mark (never set conf/all: it would judge",
         ]
         lines += ["# every other mark user's packets too)."]
-        lines += [f"sysctl -w net/ipv4/conf/{link}/src_valid_mark=1" for link in sorted(desired.src_valid_mark)]
+        lines += [str(SetSrcValidMark(link, True)) for link in sorted(desired.src_valid_mark)]
     return "\n".join([*lines, ""])
 
 
@@ -78,7 +78,8 @@ def _unknown(desired: Desired, standing: Standing) -> Iterator[str]:
                 yield f'next_hop = "auto": {way.unknown}'
         downstream = desired.policy.downstream
         behind = ", ".join(downstream) if downstream is not None else "every link that is no identity's"
-        yield f"from the host as well: the connected networks of {identity.link}, the routes of {behind}"
+        routes = f", the routes of {behind}" if behind else ""
+        yield f"from the host as well: the connected networks of {identity.link}{routes}"
     others, main = detours(desired.policy, identity)
     roads = [f"the road of {other.name}" for other in others] + ["main"] * main
     yield "while its link is down: " + (", then ".join(roads) if roads else "unreachable")

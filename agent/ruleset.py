@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 
 from agent.desired import Desired, detours
-from agent.model import Address, Chain, Family, Hook, Identity, NftSet, Statement, Table
+from agent.model import Chain, Family, Fwmark, Hook, Identity, NftSet, Statement, Table
 
 #: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
 #: lost, and none starts again from 0, when a setting goes back and forth.
@@ -25,6 +25,7 @@ FEW = 64
 #: Where the kernel keeps what was loaded, and how it starts.
 DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
 
+IS_DNAT_REPLY = "ct status dnat ct direction reply"
 IS_SYN = "tcp flags & (syn|rst) == syn"
 
 
@@ -35,11 +36,12 @@ def counter_name(identity: str, family: Family, count: str) -> str:
 
 def table(desired: Desired) -> Table:
     """The whole table."""
-    chains = (*_identity_chains(desired), *_path_chains(desired))
+    sets = tuple(_sets(desired))
+    chains = (*_identity_chains(desired), *_path_chains(desired, {nft_set.name for nft_set in sets}))
     return Table(
         name=desired.policy.kernel.nft_table,
         counters=tuple(_counters(desired)),
-        sets=tuple(_sets(desired)),
+        sets=sets,
         chains=(_digest_chain(chains), *chains),
     )
 
@@ -72,29 +74,17 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             about=(f"{_title(family)} sources: the longest prefix decided, what is here is disjoint.",),
             pending=unknown,
         )
-        yield NftSet(
-            f"own-{family}",
-            f"{family}_addr",
-            "verdict",
-            elements=tuple(
-                (str(address), f"goto id-{s.identity.name}") for s in standings for address in s.own(family)
-            ),
-            about=(f"This host's own {_title(family)} addresses: what a translated connection was made to.",),
-            pending=unknown,
-        )
-    for family in Family:
-        yield NftSet(
-            f"own-at-{family}",
-            f"{family}_addr . ifname",
-            elements=tuple((f"{address} . {_quoted(link)}", "") for address, link in _own_at(desired, family)),
-            about=(f"By which links a packet with an own {_title(family)} address may leave.",),
-            pending=unknown,
-        )
     yield NftSet(
         "links",
         "ifname",
         elements=tuple((_quoted(link), "") for link in sorted({s.identity.link for s in standings})),
         about=("The identities' links.",),
+    )
+    yield NftSet(
+        "marks",
+        "mark",
+        elements=tuple((_mark(s.identity), "") for s in standings),
+        about=("The identities' marks; others in our bits are a neighbour's or nobody's.",),
     )
     yield NftSet(
         "own-link",
@@ -118,20 +108,15 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             "clamp",
             "mark . ifname",
             elements=tuple(
-                (_mark_and_link(s.identity, s.identity.link), "") for s in standings if s.identity.clamp_mss
+                dict.fromkeys(
+                    (_mark_and_link(s.identity, road.link), "")
+                    for s in standings
+                    for road in (s.identity, *detours(policy, s.identity)[0])
+                    if road.clamp_mss
+                )
             ),
             about=("Whose segments are kept small enough for which link.",),
         )
-
-
-def _own_at(desired: Desired, family: Family) -> dict[tuple[Address, str], None]:
-    """Own addresses, each with its identity's link and those of the roads that `when_down` names."""
-    return dict.fromkeys(
-        (address, road.link)
-        for s in desired.standings
-        for road in (s.identity, *detours(desired.policy, s.identity)[0])
-        for address in s.own(family)
-    )
 
 
 def _counter_maps(desired: Desired, count: str, *, by_link: bool) -> Iterator[NftSet]:
@@ -155,7 +140,10 @@ def _detour_sets(desired: Desired) -> Iterator[NftSet]:
     """What `when_down` allows: the roads of other identities, and of main, which may be any."""
     # Two of the roads may share a link.
     detour_links = dict.fromkeys(
-        (s, other.link) for s in desired.standings for other in detours(desired.policy, s.identity)[0]
+        (s, other.link)
+        for s in desired.standings
+        for other in detours(desired.policy, s.identity)[0]
+        if other.link != s.identity.link
     )
     main = [s for s in desired.standings if detours(desired.policy, s.identity)[1]]
     if detour_links:
@@ -179,7 +167,7 @@ def _detour_sets(desired: Desired) -> Iterator[NftSet]:
     if main:
         for family in Family:
             yield NftSet(
-                f"diverted-main-{family}",
+                f"diverted-to-main-{family}",
                 "mark",
                 "counter",
                 elements=tuple(
@@ -213,7 +201,7 @@ def _identity_chains(desired: Desired) -> Iterator[Chain]:
         )
 
 
-def _path_chains(desired: Desired) -> Iterator[Chain]:
+def _path_chains(desired: Desired, names: set[str]) -> Iterator[Chain]:
     kernel = desired.policy.kernel
     keep = f"{~kernel.mark_mask & 0xFFFFFFFF:#010x}"
     mark = f"meta mark & {kernel.mark_mask:#010x}"
@@ -222,8 +210,8 @@ def _path_chains(desired: Desired) -> Iterator[Chain]:
         Statement("ip6 saddr vmap @sources-ipv6", "IPv6 source"),
     )
     by_original_destination = (
-        Statement("ct direction reply ct original ip daddr vmap @own-ipv4", "IPv4 reply, by what it was sent to"),
-        Statement("ct direction reply ct original ip6 daddr vmap @own-ipv6", "IPv6 reply, by what it was sent to"),
+        Statement(f"{IS_DNAT_REPLY} ct original ip daddr vmap @sources-ipv4", "IPv4 reply, by what was asked"),
+        Statement(f"{IS_DNAT_REPLY} ct original ip6 daddr vmap @sources-ipv6", "IPv6 reply, by what was asked"),
     )
     yield Chain(
         "destination",
@@ -234,14 +222,6 @@ def _path_chains(desired: Desired) -> Iterator[Chain]:
         about=("The identity that a destination belongs to.",),
     )
     yield Chain("source", by_source, about=("The identity that a source belongs to.",))
-    yield Chain(
-        "own-source",
-        (
-            Statement("ip saddr vmap @own-ipv4", "IPv4 own address"),
-            Statement("ip6 saddr vmap @own-ipv6", "IPv6 own address"),
-        ),
-        about=("The identity that has a source for its own address.",),
-    )
     yield Chain(
         "arriving",
         (
@@ -282,48 +262,56 @@ def _path_chains(desired: Desired) -> Iterator[Chain]:
         ),
     )
     yield from _translation_chains(desired, mark)
+    if "follows-main" in names:
+        yield Chain(
+            "diverted-to-main",
+            (
+                *(
+                    _count(family, f"{mark} map @diverted-to-main-{family}", f"count {_title(family)} diverted")
+                    for family in Family
+                ),
+                Statement("accept", "as when_down allows"),
+            ),
+            about=("Identities that follow table main while their link is down.",),
+        )
     yield Chain(
         "postrouting",
-        tuple(_postrouting(desired, mark)),
+        tuple(_postrouting(desired, mark, names)),
         Hook("filter", "postrouting", POSTROUTING_PRIORITY),
         about=(
             "What really leaves, by the link it leaves by, after all routing and all translation of sources (srcnat, "
-            "100). A packet without our mark is judged by the source that the wire will see: somebody wiped the mark. "
-            "So is one whose source was translated to an identity's own address and which leaves by the link of "
-            "another one: the translation is older than the route.",
+            "100). Judged by the source that the wire will see is a packet without an identity's mark, for somebody "
+            "may have wiped it, and one of a translated connection: the translation may be older than the route.",
         ),
     )
 
 
-def _postrouting(desired: Desired, mark: str) -> Iterator[Statement]:
-    names = {nft_set.name for nft_set in _sets(desired)}
+def _postrouting(desired: Desired, mark: str, names: set[str]) -> Iterator[Statement]:
     misrouted = _misrouted(desired)
     yield Statement('oifname "lo" accept', "never leaves this host")
-    yield Statement(f"{mark} == 0 jump source", "no mark: by the source on the wire")
-    for family in Family:
-        yield Statement(
-            f"ct status snat oifname @links {family.nft} saddr . oifname != @own-at-{family} jump own-source",
-            f"translated {_title(family)}: an own address on a link that is not its own",
-        )
-    yield Statement(f"{mark} == 0 accept", "no identity's")
+    yield Statement(f"{mark} != @marks jump source", "no identity's mark: by the source on the wire")
     if "clamp" in names:
         yield Statement(
             f"{mark} . oifname @clamp {IS_SYN} tcp option maxseg size set rt mtu", "leaving: segments fit the path"
         )
         yield from _clamp_arriving(desired, mark)
-    yield from _counting(mark, "oifname", "transmit")
-    yield Statement(f"{mark} . oifname @own-link accept", "by its own link")
     if "detour" in names:
         yield from _counting(mark, "oifname", "diverted")
         yield Statement(f"{mark} . oifname @detour accept", "by a road that when_down names")
+    if "follows-main" in names:
+        elsewhere = "oifname @links" if desired.policy.downstream is None else "oifname != @downstream"
+        yield Statement(
+            f"{mark} @follows-main {elsewhere} {mark} . oifname != @own-link goto diverted-to-main",
+            "by a road of main's, as when_down allows",
+        )
+    yield Statement("ct status snat,dnat oifname @links jump source", "translated: by the source on the wire")
+    yield Statement(f"{mark} != @marks accept", "no identity's")
+    yield from _counting(mark, "oifname", "transmit")
+    yield Statement(f"{mark} . oifname @own-link accept", "by its own link")
     if desired.policy.downstream is None:
         yield Statement("oifname != @links accept", "to the hosts behind this gateway: by no identity's link")
     else:
         yield Statement("oifname @downstream accept", "to the hosts behind this gateway")
-    if "follows-main" in names:
-        for family in Family:
-            yield _count(family, f"{mark} map @diverted-main-{family}", f"count {_title(family)} diverted to main")
-        yield Statement(f"{mark} @follows-main accept", "by a road of main's, as when_down allows")
     for family in Family:
         yield _count(family, f"{mark} map @{misrouted}-{family}", f"count {_title(family)} {misrouted}")
     if desired.policy.kernel.enforce:
@@ -482,7 +470,27 @@ def _comment(paragraphs: Iterable[str]) -> Iterator[str]:
 # --- the transaction -------------------------------------------------------------------------------------------------
 
 
-def transaction(wanted: Table, present: Table | None) -> tuple[str, ...]:
+def closing(name: str, marks: Iterable[Fwmark]) -> Iterator[str]:
+    """Commands that let no packet with these marks out, until the rules are put in anew."""
+    for mark in marks:
+        match = f'oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x}'
+        yield f'insert rule inet {name} postrouting {match} drop comment "closed while roads change: {mark}"'
+
+
+def roads(present: Table) -> dict[int, set[str]]:
+    """By which links a table lets packets of each mark leave; nothing where it has no chain to look at them."""
+    if "postrouting" not in _names(present.chains):
+        return {}
+    found: dict[int, set[str]] = {}
+    for nft_set in present.sets:
+        if nft_set.name in ("own-link", "detour"):
+            for key, _ in nft_set.elements:
+                mark, _, link = key.partition(" . ")
+                found.setdefault(int(mark, 16), set()).add(link.strip('"'))
+    return found
+
+
+def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = False) -> tuple[str, ...]:
     """nft's commands that turn what the kernel has into what is wanted; none when nothing differs.
 
     A table that isn't there is made by the rendered text itself. What can't be changed in place (a hook, the type of
@@ -498,8 +506,8 @@ def transaction(wanted: Table, present: Table | None) -> tuple[str, ...]:
     fitting_sets = {s.name: s for s in present.sets if s not in unfit_sets}
     fitting_chains = {c.name for c in present.chains if c not in unfit_chains}
     stale_chains = [c.name for c in unfit_chains if c.name not in _names(wanted.chains)]
-    rules_anew = bool(unfit_sets or unfit_chains) or _rules_differ(wanted, chains)
-    commands = [f"flush table inet {name}"] * rules_anew
+    rules_anew = rules_anew or bool(unfit_sets or unfit_chains) or _rules_differ(wanted, chains)
+    commands = [f"add table inet {name}"] * present.dormant + [f"flush table inet {name}"] * rules_anew
     # The kernel's own word for it: what is a map there may be wanted as a set.
     commands += [f"delete {sets[s.name].keyword} inet {name} {s.name}" for s in unfit_sets]
     commands += [f"delete chain inet {name} {c.name}" for c in unfit_chains if c.name not in stale_chains]

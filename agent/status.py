@@ -18,6 +18,7 @@ def report(policy: Policy, look: Look, counts: Mapping[str, Count]) -> dict[str,
         "policy_digest": policy.digest,
         "in_force": not look.plan.steps,
         "differences": look.plan.text.splitlines(),
+        "notes": list(look.observed.notes),
         "identities": [_identity(standing, look, counts) for standing in look.desired.standings],
     }
 
@@ -68,6 +69,7 @@ def text(status: Mapping[str, Any]) -> Iterator[str]:
     """The report's lines for a terminal of 80 columns."""
     force = "in force" if status["in_force"] else "NOT IN FORCE: idmark plan shows what differs"
     yield f"{status['gateway']}: {force}    policy {status['policy_digest'][:12]}"
+    yield from (f"note: {note}" for note in status["notes"])
     for identity in status["identities"]:
         yield ""
         yield f"{identity['name']}    id {identity['id']}, fwmark {identity['fwmark']}, table {identity['table']}"

@@ -7,32 +7,30 @@ linux/netfilter/nf_tables.h; numbers are big-endian there.
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import struct
 import sys
 from collections.abc import Iterator
 from types import TracebackType
 
 from agent.kernel import KernelError
+from agent.kernel.netlink import ATTEMPTS, HEADER, Netlink
 from agent.model import Chain, Count, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
 
 NETLINK_NETFILTER = 12
 NFNL_SUBSYS_NFTABLES = 10
 NFPROTO_INET = 1
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 GETTABLE, GETCHAIN, GETRULE, GETSET, GETSETELEM, GETGEN, GETOBJ = 1, 4, 7, 10, 13, 16, 19
-#: nlmsghdr (length, type, flags, sequence, port) and nfgenmsg (family, version, resource).
-HEADER = struct.Struct("=IHHIIBBH")
+#: nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
+NFGENMSG = struct.pack("=BBH", NFPROTO_INET, 0, 0)
 ATTRIBUTE = struct.Struct("=HH")
 NLA_TYPE_MASK = 0x3FFF
 
 #: In each of these messages attribute 1 is the table's name, except that a table's own name is its attribute 1.
 OF_TABLE = 1
-CHAIN_NAME, CHAIN_HOOK, CHAIN_TYPE = 3, 4, 7
+TABLE_FLAGS = 2
+NFT_TABLE_F_DORMANT = 0x1
+CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, CHAIN_TYPE = 3, 4, 5, 7
 HOOK_NUMBER, HOOK_PRIORITY = 1, 2
 RULE_CHAIN, RULE_USERDATA = 2, 7
 SET_NAME, SET_FLAGS, SET_KEY_TYPE, SET_DATA_TYPE, SET_OBJECT_TYPE = 2, 3, 4, 6, 15
@@ -66,9 +64,7 @@ class Nfnl:
     """A conversation with nf_tables in the namespace of the thread that opened it. Every method raises KernelError."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
-        self._socket.bind((0, 0))
-        self._sequence = 0
+        self._netlink = Netlink(NETLINK_NETFILTER)
 
     def __enter__(self) -> Nfnl:
         return self
@@ -76,25 +72,30 @@ class Nfnl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
+        self._netlink.close()
 
     def generation(self) -> int:
         """The number of the last commit to any table of the namespace (NFT_MSG_GETGEN)."""
-        (answer,) = self._ask("ask for the ruleset's generation", GETGEN)
-        return _number(answer[GEN_ID])
+        answer = self._netlink.ask("ask for the ruleset's generation", NFNL_SUBSYS_NFTABLES << 8 | GETGEN, NFGENMSG)
+        return _number(_attributes(answer[len(NFGENMSG) :])[GEN_ID])
 
     def tables(self) -> tuple[str, ...]:
         """The names of the tables of family inet."""
-        return tuple(_text(item[OF_TABLE]) for item in self._ask("list the nft tables", GETTABLE, dump=True))
+        return tuple(_text(item[OF_TABLE]) for item in self._items("list the nft tables", GETTABLE))
 
     def table(self, name: str) -> Table | None:
-        """A table as it is between two commits; rules come with their comments only. None: there is no such table."""
-        for _attempt in range(5):
+        """A table as it is between two commits; rules come with their comments only. None: there is no such table.
+
+        Others may commit to their tables all the time: what reads the same twice will do as well.
+        """
+        last = None
+        for attempt in range(ATTEMPTS):
             before = self.generation()
-            found = self._table(name) if name in self.tables() else None
-            if self.generation() == before:
+            found = self._table(name)
+            if self.generation() == before or (attempt and found == last):
                 return found
-        raise KernelError(f"read nft table inet {name}", "somebody committed to nftables five times meanwhile")
+            last = found
+        raise KernelError(f"read nft table inet {name}", f"somebody changed it while it was read, {ATTEMPTS} times")
 
     def counts(self, name: str) -> dict[str, Count]:
         """The values of a table's counters by name; none without the table."""
@@ -106,8 +107,11 @@ class Nfnl:
                 found[_text(item[OBJECT_NAME])] = count
         return found
 
-    def _table(self, name: str) -> Table:
+    def _table(self, name: str) -> Table | None:
         doing = f"read nft table inet {name}"
+        flags = next((_number(item[TABLE_FLAGS]) for item in self._dump(doing, GETTABLE, name)), None)
+        if flags is None:
+            return None
         rules: dict[str, list[Statement]] = {}
         for item in self._dump(doing, GETRULE, name):
             statement = Statement("", _comment(item.get(RULE_USERDATA, b"")))
@@ -116,6 +120,7 @@ class Nfnl:
         sets = (item for item in self._dump(doing, GETSET, name))
         return Table(
             name=name,
+            dormant=bool(flags & NFT_TABLE_F_DORMANT),
             counters=tuple(self.counts(name)),
             sets=tuple(self._set(name, item) for item in sets if not _flags(item) & NFT_SET_ANONYMOUS),
             chains=tuple(
@@ -134,7 +139,10 @@ class Nfnl:
             value = "verdict" if _number(item[SET_DATA_TYPE]) == NFT_DATA_VERDICT else "data"
         elements = self._elements(table, name)
         interval = bool(flags & NFT_SET_INTERVAL)
-        words = _intervals(elements, types) if interval else ((_key(key, types), value) for key, _, value in elements)
+        if interval and types in (["ipv4_addr"], ["ipv6_addr"]):
+            words = _intervals(elements, types)
+        else:
+            words = ((_key(key, types), value) for key, _, value in elements)
         return NftSet(name, " . ".join(types), value, interval, tuple(words))
 
     def _elements(self, table: str, name: str) -> Iterator[tuple[bytes, bool, str]]:
@@ -143,51 +151,20 @@ class Nfnl:
         for answer in self._dump(doing, GETSETELEM, table, _attribute(ELEMENT_SET, f"{name}\0".encode())):
             for _, data in _each(answer.get(ELEMENTS, b"")):
                 element = _attributes(data)
+                # No key: the element for all that no other one matches, which nft writes *.
                 key = _attributes(element[ELEMENT_KEY])[DATA_VALUE] if ELEMENT_KEY in element else b""
                 ends = bool(_number(element.get(ELEMENT_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END)
                 yield key, ends, _value(element)
 
     def _dump(self, doing: str, kind: int, table: str, more: bytes = b"") -> Iterator[Attributes]:
-        """What belongs to a table; of chains the kernel gives everybody's."""
+        """What belongs to a table; of tables and chains the kernel gives everybody's."""
         attributes = _attribute(OF_TABLE, f"{table}\0".encode()) + more
-        return (item for item in self._ask(doing, kind, attributes, dump=True) if _text(item[OF_TABLE]) == table)
+        return (item for item in self._items(doing, kind, attributes) if _text(item[OF_TABLE]) == table)
 
-    def _ask(self, doing: str, kind: int, attributes: bytes = b"", *, dump: bool = False) -> list[Attributes]:
-        """The answers to a request; a dump that a commit interrupted is asked for again."""
-        for _attempt in range(5):
-            found = self._answers(doing, kind, attributes, NLM_F_REQUEST | (NLM_F_DUMP if dump else 0))
-            if found is not None:
-                return found
-        raise KernelError(doing, "somebody committed to nftables five times meanwhile")
-
-    def _answers(self, doing: str, kind: int, attributes: bytes, flags: int) -> list[Attributes] | None:
-        self._sequence += 1
-        size = HEADER.size + len(attributes)
-        request = HEADER.pack(size, NFNL_SUBSYS_NFTABLES << 8 | kind, flags, self._sequence, 0, NFPROTO_INET, 0, 0)
-        found: list[Attributes] = []
-        interrupted = False
-        try:
-            self._socket.send(request + attributes)
-            while True:
-                data = self._socket.recv(1 << 17)
-                offset = 0
-                while offset < len(data):
-                    size, answer, flag, sequence = struct.unpack_from("=IHHI", data, offset)
-                    if sequence == self._sequence:
-                        interrupted |= bool(flag & NLM_F_DUMP_INTR)
-                        if answer in (NLMSG_DONE, NLMSG_ERROR):
-                            code = -struct.unpack_from("=i", data, offset + 16)[0]
-                            if code == errno.EINTR:
-                                return None
-                            if code not in (0, errno.ENOENT):
-                                raise KernelError(doing, os.strerror(code))
-                            return None if interrupted else found
-                        found.append(_attributes(data[offset + HEADER.size : offset + size]))
-                        if not flags & NLM_F_DUMP:
-                            return found
-                    offset += (size + 3) & ~3
-        except OSError as error:
-            raise KernelError(doing, os.strerror(error.errno or 0)) from error
+    def _items(self, doing: str, kind: int, attributes: bytes = b"") -> Iterator[Attributes]:
+        """The attributes of each message of a dump."""
+        answers = self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | kind, NFGENMSG + attributes)
+        return (_attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers)
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
@@ -237,7 +214,8 @@ def _hook(item: Attributes) -> Hook | None:
         return None
     hook = _attributes(item[CHAIN_HOOK])
     priority = int.from_bytes(hook[HOOK_PRIORITY], "big", signed=True)
-    return Hook(_text(item[CHAIN_TYPE]), HOOKS[_number(hook[HOOK_NUMBER])], priority)
+    policy = VERDICTS[_number(item[CHAIN_POLICY])]
+    return Hook(_text(item[CHAIN_TYPE]), HOOKS[_number(hook[HOOK_NUMBER])], priority, policy)
 
 
 def _key_types(number: int) -> list[str]:
@@ -251,8 +229,8 @@ def _key_types(number: int) -> list[str]:
 
 def _key(key: bytes, types: list[str]) -> str:
     """An element's key as nft writes it; in a concatenation each part fills whole 32-bit registers."""
-    words = []
-    for kind in types:
+    words = [] if key else ["*"]
+    for kind in types if key else ():
         size = KEY_BYTES.get(kind, len(key))
         part, key = key[:size], key[size:]
         match kind:
@@ -289,9 +267,14 @@ def _intervals(elements: Iterator[tuple[bytes, bool, str]], types: list[str]) ->
     An interval that reaches the last address of all has no end, and libnftables ends one at 0 that never began.
     """
     family = Family.IPV6 if types == ["ipv6_addr"] else Family.IPV4
-    edges = sorted((_number(key), not ends, value) for key, ends, value in elements)
+    edges = []
+    for key, ends, value in elements:
+        if key:
+            edges.append((_number(key), not ends, value))
+        else:
+            yield "*", value
     beginning: tuple[int, str] | None = None
-    for place, begins, value in edges:
+    for place, begins, value in sorted(edges):
         if beginning:
             yield str(Span(family, beginning[0], place - 1, "")), beginning[1]
         beginning = (place, value) if begins else None

@@ -53,25 +53,22 @@ def binding() -> ModuleType:
 
 
 class Nft:
-    """A libnftables context: bound to the namespace of the thread that made it, and for that thread only."""
+    """libnftables in the namespace of the thread that calls. Every method raises KernelError.
+
+    A context for each call: it stays bound to the namespace that it was made in, is not for sharing between threads,
+    and keeps what it believes of interval sets even after a dry run, by which it judges the next command.
+    """
 
     def __init__(self) -> None:
-        try:
-            self._nft = binding().Nftables()
-        except OSError as error:  # from ctypes, which says what it looked for
-            raise KernelError("load libnftables", str(error)) from error
+        self._binding = binding()
 
-    def load(self, text: str, doing: str = "load the ruleset") -> None:
-        """Run commands as one transaction: all of them or, with KernelError in nft's own words, none."""
-        self._run(text, doing)
+    def load(self, text: str) -> None:
+        """Run commands as one transaction: all of them or, with the error in nft's own words, none."""
+        self._run(text, "load the ruleset")
 
     def check(self, text: str) -> None:
-        """Have libnftables and the kernel look a transaction over without committing it. Raises KernelError."""
-        self._nft.set_dry_run(True)
-        try:
-            self._run(text, "check the ruleset")
-        finally:
-            self._nft.set_dry_run(False)
+        """Have libnftables and the kernel look a transaction over without committing it."""
+        self._run(text, "check the ruleset", dry_run=True)
 
     def text(self, name: str) -> str | None:
         """The table as `nft list table` prints it, counters' values included; loads again as it is. None: no table."""
@@ -82,10 +79,15 @@ class Nft:
                 return None
             raise
 
-    def _run(self, text: str, doing: str) -> str:
-        code, output, error = self._nft.cmd(text)
+    def _run(self, text: str, doing: str, *, dry_run: bool = False) -> str:
+        try:
+            context = self._binding.Nftables()
+        except OSError as error:  # from ctypes, which says what it looked for
+            raise KernelError("load libnftables", str(error)) from error
+        context.set_dry_run(dry_run)
+        code, output, complaint = context.cmd(text)
         if code:
             # libnftables names line and column, and draws a caret: worth more than any word of ours.
-            why = error.strip() or "libnftables gave no reason"
+            why = complaint.strip() or "libnftables gave no reason"
             raise KernelError(doing, f"{why}\n{TOO_LONG}" if "Message too long" in why else why)
         return str(output)

@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -23,6 +23,7 @@ from pyroute2.netlink.rtnl import rt_type
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.kernel import KernelError
+from agent.kernel.netlink import HEADER, Netlink, Wanted
 from agent.model import (
     PROTOCOL,
     TABLE_MAIN,
@@ -37,14 +38,9 @@ from agent.model import (
     Rule,
 )
 
-SOL_NETLINK = 270
-NETLINK_GET_STRICT_CHK = 12
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_GETROUTE = 26
-#: nlmsghdr: length, type, flags, sequence (linux/netlink.h). Behind it lies rtmsg (linux/rtnetlink.h), with the
-#: destination's length, protocol and scope at these offsets from the message's start, then attributes.
-MESSAGE_HEADER = struct.Struct("=IHHI4x")
+#: Offsets of the destination's length, the protocol, the scope and the attributes from a route message's start
+#: (linux/netlink.h, linux/rtnetlink.h).
 RTM_DST_LEN, RTM_PROTOCOL, RTM_SCOPE, RTM_ATTRIBUTES = 17, 21, 22, 28
 RTA_GATEWAY = 5
 
@@ -71,8 +67,6 @@ SUPPRESS_NOTHING = 0xFFFFFFFF
 GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 Message = Any  # pyroute2's nlmsg: a dict of header fields, with get_attr()
-#: Whether to decode the route that begins at an offset of a dump.
-Wanted = Callable[[bytes, int], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +89,7 @@ class Rtnl:
 
     def __init__(self) -> None:
         self._ipr = IPRoute(strict_check=True, ext_ack=True)
-        self._dumps = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._dumps.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
-        self._dumps.bind((0, 0))
-        self._sequence = 0
+        self._dumps = Netlink(socket.NETLINK_ROUTE, strict=True)
         self._names: dict[int, str] = {}
 
     def __enter__(self) -> Rtnl:
@@ -159,6 +150,14 @@ class Rtnl:
         """The routes of our protocol number, whatever the table."""
         return frozenset(
             self._to_route(message) for family in Family for message in self._dump_routes(family, protocol=PROTOCOL)
+        )
+
+    def foreign_routes(self, table: int) -> tuple[Route, ...]:
+        """The routes of one table that are not of our protocol number."""
+        return tuple(
+            self._to_route(message)
+            for family in Family
+            for message in self._dump_routes(family, table=table, wanted=_is_foreign)
         )
 
     def rules(self) -> tuple[tuple[Rule, bool], ...]:
@@ -338,47 +337,20 @@ class Rtnl:
 
         pyroute2 itself filters dumps after decoding them: 4 s with 50,000 foreign routes where this takes 1 ms.
         """
-        doing = f"list {family} routes"
         request = rtmsg()
         request["family"] = family.number
         request["proto"] = protocol
         request["attrs"] = [("RTA_TABLE", table)] * bool(table) + [("RTA_OIF", link)] * bool(link)
-        request["header"]["type"] = RTM_GETROUTE
-        request["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
-        for _attempt in range(5):
-            found = self._one_dump(doing, request, wanted)
-            if found is not None:
-                return iter(found)
-        raise KernelError(doing, "the routes kept changing while they were read, five times")
-
-    def _one_dump(self, doing: str, request: Message, wanted: Wanted | None) -> list[Message] | None:
-        """The decoded messages; None if the dump was interrupted by a change and is not to be trusted."""
-        self._sequence += 1
-        request["header"]["sequence_number"] = self._sequence
-        request.reset()
         request.encode()
-        found: list[Message] = []
-        interrupted = False
-        with _asking(doing):
-            self._dumps.send(request.data)
-            while True:
-                data = self._dumps.recv(1 << 17)
-                offset = 0
-                while offset < len(data):
-                    size, kind, flags, sequence = MESSAGE_HEADER.unpack_from(data, offset)
-                    if sequence == self._sequence:
-                        interrupted |= bool(flags & NLM_F_DUMP_INTR)
-                        if kind in (NLMSG_DONE, NLMSG_ERROR):
-                            # A dump that fails on its way says so in its end: ENOENT for a table that nobody made yet.
-                            code = -struct.unpack_from("=i", data, offset + MESSAGE_HEADER.size)[0]
-                            if code not in (0, errno.ENOENT):
-                                raise KernelError(doing, os.strerror(code))
-                            return None if interrupted else found
-                        if wanted is None or wanted(data, offset):
-                            message = rtmsg(data[offset : offset + size])
-                            message.decode()
-                            found.append(message)
-                    offset += (size + 3) & ~3
+        body = bytes(request.data[HEADER.size :])
+        for answer in self._dumps.dump(f"list {family} routes", RTM_GETROUTE, body, wanted):
+            message = rtmsg(answer)
+            message.decode()
+            yield message
+
+
+def _is_foreign(data: bytes, offset: int) -> bool:
+    return data[offset + RTM_PROTOCOL] != PROTOCOL
 
 
 def _near_ipv4(data: bytes, offset: int) -> bool:
@@ -419,6 +391,10 @@ def _to_rule(message: Message) -> Rule:
         for name, value in message["attrs"]
         if name not in RULE_ATTRIBUTES and (name, value) != ("FRA_SUPPRESS_PREFIXLEN", SUPPRESS_NOTHING)
     ]
+    # ip(8) lets a source have host bits; the kernel masks them when it matches, and keeps them.
+    clean = source is None or _clean(source, message["src_len"])
+    if not clean:
+        extra += [("FRA_SRC", source), ("src_len", message["src_len"])]
     # A mark of 0 is legal in a rule (`fwmark 0/MASK`), and none of ours.
     if mask and not value:
         extra += [("FRA_FWMARK", 0), ("FRA_FWMASK", mask)]
@@ -434,9 +410,17 @@ def _to_rule(message: Message) -> Rule:
         table=message.get_attr("FRA_TABLE") or message["table"],
         # A rule without an explicit mask reads back 0xffffffff.
         fwmark=Fwmark(value, mask) if value else None,
-        source=Prefix.parse(f"{source}/{message['src_len']}") if source else None,
+        source=Prefix.parse(f"{source}/{message['src_len']}") if source and clean else None,
         extra=tuple(extra),
     )
+
+
+def _clean(address: str, length: int) -> bool:
+    try:
+        Prefix.parse(f"{address}/{length}")
+    except ValueError:
+        return False
+    return True
 
 
 def _freeze(value: object) -> Any:

@@ -44,6 +44,7 @@ def demo(vpn: str) -> int:
         screen.line("")
         screen.command(f"idmark -c {POLICY.name} status")
         screen.ansi(lab.idmark("status", env=environment, check=False).stdout)
+        screen.line(f"  outside also counts the tunnel's own packets: {lab.vpn.title} reaches its peer as O.", "dim")
 
     passed = sum(outcome.ok for outcome in outcomes)
     good = passed == len(outcomes) and not leaked

@@ -48,11 +48,14 @@ def _lines(table: Table) -> list[str]:
 
 
 def lay_links(gw: Host, far: Host) -> None:
-    """The gateway's links and addresses as in the test net, with one host at the far end of them all."""
-    gw.ip_batch("".join(f"link add {link} type veth peer name {link} netns {far.name}\n" for link in LINKS))
-    far.ip_batch("".join(f"link set {link} up\n" for link in LINKS))
+    """The gateway's links and addresses as in the test net, with one host at the far end of them all.
+
+    Nobody there answers; the next hops are known once for all, or the kernel's asking for them would be counted, too.
+    """
+    gw.ip_batch("\n".join(f"link add {link} type veth peer name {link} netns {far.name}" for link in LINKS))
+    for host in (gw, far):
+        host.ip_batch("\n".join(f"link set {link} up" for link in LINKS))
     gw.ip_batch(f"""
-        {"".join(f"link set {link} up{chr(10)}" for link in LINKS)}
         address add {OUTSIDE["ipv4"]}/24 dev wan
         address add {OUTSIDE["ipv6"]}/64 dev wan
         address add {INSIDE["ipv4"]}/25 dev vpn0
@@ -62,6 +65,8 @@ def lay_links(gw: Host, far: Host) -> None:
         route add default via {ISP["ipv4"]} dev wan
         route add default via {ISP["ipv6"]} dev wan
     """)
+    hops = [(hop, "vpn0") for hop in CORP.values()] + [(hop, "wan") for hop in ISP.values()]
+    gw.ip_batch("\n".join(f"neighbour add {hop} lladdr 02:00:00:00:00:01 dev {link}" for hop, link in hops))
     gw.settle()
 
 
@@ -101,23 +106,26 @@ class Admin:
     def counts(self, table: str = "idmark") -> dict[str, Count]:
         """The named counters by name, without those at zero."""
         with reconcile.opened() as kernel:
-            return {name: count for name, count in kernel.nft.counts(table).items() if count.packets}
+            return {name: count for name, count in kernel.nfnl.counts(table).items() if count.packets}
 
     def inventory(self) -> str:
         """All that this namespace has of what idmark might touch; what is the same is the same byte for byte."""
-        families = ("-4", "-6")
+        routing = "rule list\nroute list table all\n"
         return "".join(
             (
                 self.host.run(["nft", "list", "ruleset"]),
-                *(self.host.ip("-N", family, "rule") for family in families),
-                *(self.host.ip("-N", family, "route", "show", "table", "all") for family in families),
+                *(self.host.run(["ip", "-N", family, "-batch", "-"], routing) for family in ("-4", "-6")),
                 *_sysctls(),
             )
         )
 
+    def words(self, *words: str) -> list[str]:
+        """What stands behind `idmark` on a command line, with this policy."""
+        return ["-c", str(self.file), *words]
+
     def command(self, *words: str) -> list[str]:
-        """The words of a command line of idmark with this policy."""
-        return [sys.executable, "-m", "agent", "-c", str(self.file), *words]
+        """A command line of the real command."""
+        return [sys.executable, "-m", "agent", *self.words(*words)]
 
     def idmark(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the real command to its end."""

@@ -1,0 +1,190 @@
+"""The real command against a real kernel: exit codes, what it says and where, and `--netns`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.kernel import KernelError, runtime
+from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
+from tests.kernel.conftest import Peers
+from tests.kernel.net import INSIDE, OUTSIDE, WILD, Host
+
+POLICY = policy_text({"members": MEMBERS})
+DIGEST = "[0-9a-f]{64}"
+
+
+@pytest.fixture
+def admin(netns: Host, peers: Peers, tmp_path: Path) -> Admin:
+    lay_links(netns, peers("far"))
+    admin = Admin(netns, tmp_path)
+    admin.write(POLICY)
+    return admin
+
+
+def test_plan_apply_plan_remove(admin: Admin) -> None:
+    """plan says 1 and what differs, apply 0, plan 0 then, remove 0 and what it took, and again that nothing is here."""
+    before = admin.inventory()
+    plan = admin.idmark("plan")
+    assert (plan.returncode, plan.stderr) == (1, "")
+    *steps, last = plan.stdout.splitlines()
+    assert all(line.startswith(("+ ", "- ")) for line in steps)
+    digest = re.fullmatch(f"# plan ({DIGEST})", last)[1]  # type: ignore[index]
+    assert admin.inventory() == before
+
+    apply = admin.idmark("apply", "--expect", digest)
+    assert (apply.returncode, apply.stderr) == (0, "")
+    assert apply.stdout == f"in force: {len(steps)} changes, plan {digest}\n"
+
+    plan = admin.idmark("plan")
+    assert (plan.returncode, plan.stdout, plan.stderr) == (0, "# in force: nothing to do\n", "")
+
+    admin.file.unlink()
+    remove = admin.idmark("remove")
+    assert (remove.returncode, remove.stderr) == (0, "")
+    assert remove.stdout.splitlines()[-1] == "removed"
+    assert admin.inventory() == before
+    assert admin.idmark("remove").stdout == "nothing of idmark's is here\n"
+
+
+def test_an_unexpected_plan_is_refused(admin: Admin) -> None:
+    """apply --expect with another digest changes nothing, shows the plan, and says 1."""
+    before = admin.inventory()
+    apply = admin.idmark("apply", "--expect", "0" * 64)
+    assert apply.returncode == 1
+    assert apply.stdout.startswith("+ ip route add ")
+    assert re.fullmatch(f"idmark: the plan is {DIGEST}, not 0{{64}} as expected; nothing was changed\n", apply.stderr)
+    assert admin.inventory() == before
+
+
+@pytest.mark.parametrize("verb", ["apply", "plan", "status"])
+def test_a_policy_at_fault_changes_nothing(admin: Admin, verb: str) -> None:
+    """With a policy that can't be used each verb says 2 and every fault, and what is in force stays; remove works."""
+    clean = admin.inventory()
+    admin.apply(POLICY)
+    before = admin.inventory()
+    admin.file.write_text(POLICY.replace('"10.9.0.0/24"', '"10.9.0.1/24"').replace("id = 2", "id = 99"))
+    done = admin.idmark(verb)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "10.9.0.1/24 has host bits set" in done.stderr
+    assert "99 does not fit mask 0x3f000000 (1..63)" in done.stderr
+    assert admin.inventory() == before
+    assert admin.idmark("remove").returncode == 0
+    assert admin.inventory() == clean
+
+
+def test_a_policy_that_cannot_be_here_changes_nothing(admin: Admin) -> None:
+    """A next hop that does not lie on its link is said in the reader's terms, with 2."""
+    before = admin.inventory()
+    admin.write(policy_text({"next_hop": ["203.0.113.9", "2001:db8:4::1"]}))
+    apply = admin.idmark("apply")
+    assert (apply.returncode, apply.stdout) == (2, "")
+    assert apply.stderr == ("idmark: identity.inside.next_hop: 203.0.113.9 is not on vpn0, which has 192.0.2.128/25\n")
+    assert admin.inventory() == before
+
+
+def test_a_closed_identity_is_noted(admin: Admin) -> None:
+    """apply without a link works, says 0, and on stderr which identity is closed and why."""
+    admin.host.ip("link", "set", "vpn0", "down")
+    apply = admin.idmark("apply")
+    assert apply.returncode == 0
+    assert "note: identity inside: ipv4 is closed: link vpn0 is down\n" in apply.stderr
+
+
+def test_netns_names_where(admin: Admin, peers: Peers) -> None:
+    """With --netns each verb works in that namespace, and this one stays as it is."""
+    elsewhere = peers("elsewhere")
+    lay_links(elsewhere, peers("beyond"))
+    here = admin.inventory()
+    assert admin.idmark("apply", "--netns", "elsewhere").returncode == 0
+    assert admin.idmark("status", "--netns", "elsewhere").returncode == 0
+    assert "proto 73" in elsewhere.ip("-N", "rule")
+    assert admin.inventory() == here
+    assert admin.idmark("remove", "--netns", "elsewhere").returncode == 0
+    assert "proto 73" not in elsewhere.ip("-N", "rule")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "../netns/far", "", "."])
+def test_an_unknown_netns_is_refused(admin: Admin, name: str) -> None:
+    """A namespace that there isn't gives 2 and one line, and is not made."""
+    plan = admin.idmark("plan", "--netns", name)
+    assert (plan.returncode, plan.stdout) == (2, "")
+    assert re.fullmatch("idmark: enter network namespace .*: .+\n", plan.stderr)
+    assert [path.name for path in Path("/run/netns").iterdir()] == ["far"]
+
+
+def test_status_for_a_program(admin: Admin) -> None:
+    """status --json has each identity's link, ways and exact counters, and says 1 once something differs."""
+    admin.apply(POLICY)
+    admin.host.send(WILD["ipv4"], INSIDE["ipv4"], data=b"12345")
+    done = admin.idmark("status", "--json")
+    assert done.returncode == 0
+    inside, outside = json.loads(done.stdout)["identities"]
+    assert (inside["link_state"], inside["members"], inside["table"]) == ("up", 2, 4001)
+    assert inside["families"]["ipv4"]["counters"]["transmit"] == {"packets": 1, "bytes": 33}
+    assert outside["addresses"] == [OUTSIDE["ipv4"], OUTSIDE["ipv6"]]
+    admin.host.ip("rule", "flush", "protocol", "73")
+    done = admin.idmark("status", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["in_force"] is False
+
+
+def test_explain_asks_the_kernel(admin: Admin) -> None:
+    """explain says step by step where a packet goes, and whether the kernel's own lookup agrees."""
+    packet = ("explain", "10.9.0.5", WILD["ipv4"], "--in", "lan")
+    done = admin.idmark(*packet)
+    assert done.returncode == 1
+    assert "DISAGREES" in done.stdout
+    admin.apply(POLICY)
+    done = admin.idmark(*packet)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "agrees: dev vpn0 table 4001" in done.stdout
+
+
+def test_explain_names_the_foreign_rule(admin: Admin) -> None:
+    """What a foreign rule would do to the packet is told, with the rule and the remedy."""
+    admin.apply(POLICY)
+    admin.host.ip("rule", "add", "priority", "100", "from", INSIDE["ipv4"], "lookup", "main")
+    done = admin.idmark("explain", INSIDE["ipv4"], WILD["ipv4"])
+    assert done.returncode == 1
+    assert "a rule of somebody else's: priority 100 from 192.0.2.130 lookup 254" in done.stdout
+    assert "DISAGREES: dev wan table 254" in done.stdout
+
+
+# --- one at a time ---------------------------------------------------------------------------------------------------
+
+
+def test_an_apply_waits_for_the_lock(admin: Admin) -> None:
+    """While another holds the lock an apply changes nothing, and can be ended."""
+    before = admin.inventory()
+    with runtime.lock("a test"):
+        process = subprocess.Popen(admin.command("apply"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        lock = runtime.directory() / "lock"
+        while process.poll() is None and lock not in map(Path.resolve, Path(f"/proc/{process.pid}/fd").iterdir()):
+            time.sleep(0.005)
+        process.terminate()
+        process.communicate()
+        assert process.returncode == 128 + signal.SIGTERM
+    assert admin.inventory() == before
+
+
+def test_who_holds_the_lock_is_named(admin: Admin) -> None:
+    """When patience ends, the error names the holder by pid and verb."""
+    with runtime.lock("apply"), pytest.raises(KernelError) as error, runtime.lock("remove", patience=0):
+        pass
+    assert str(error.value).endswith(f"it is held by pid {os.getpid()} (idmark apply)")
+
+
+def test_without_the_privilege_it_says_so(admin: Admin) -> None:
+    """Without CAP_NET_ADMIN the answer is 2 and how to get it."""
+    words = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin", *admin.command("plan")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "idmark: plan reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)\n"

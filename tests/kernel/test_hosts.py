@@ -1,0 +1,258 @@
+"""Hosts as they are: links that come and go, odd names, odd routes, and tables of others that are very large."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import reconcile
+from agent.kernel.rtnl import Rtnl
+from agent.model import Family, Route
+from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
+from tests.kernel.conftest import Gateway, Peers
+from tests.kernel.net import INSIDE, ISP, OUTSIDE, WILD, Host
+from tests.kernel.test_facts_marking import both_families
+
+POLICY = policy_text({"members": MEMBERS})
+
+
+@pytest.fixture
+def admin(netns: Host, peers: Peers, tmp_path: Path) -> Admin:
+    lay_links(netns, peers("far"))
+    return Admin(netns, tmp_path)
+
+
+def notes(admin: Admin, text: str) -> list[str]:
+    """What an operator is told about the host, beside the plan."""
+    with reconcile.opened() as kernel:
+        return list(reconcile.look(admin.write(text), kernel).desired.notes)
+
+
+def defaults(admin: Admin, table: int) -> list[str]:
+    """The defaults of a table, IPv4's first, as `ip` words them and without what is always the same."""
+    listed = [
+        line
+        for option in ("-4", "-6")
+        for line in admin.host.ip("-N", option, "route", "list", "table", str(table), "proto", "73").splitlines()
+    ]
+    return [
+        line.replace("proto 73 ", "").replace(" pref medium", "").strip()
+        for line in listed
+        if "default" in line and "metric 4294967295" not in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        pytest.param(["delete", "vpn0"], "there is no link vpn0", id="absent"),
+        pytest.param(["set", "vpn0", "down"], "link vpn0 is down", id="down"),
+        pytest.param(["set", "vpn0", "name", "old0"], "there is no link vpn0", id="renamed"),
+    ],
+)
+def test_without_its_link_an_identity_is_closed(admin: Admin, change: list[str], why: str) -> None:
+    """An identity whose link isn't there is closed, and that is said; the others work; it opens with its link."""
+    admin.host.ip("link", *change)
+    admin.apply(POLICY)
+    assert admin.plan(POLICY).text == ""
+    told = [f"identity inside: {family} is closed: {why}" for family in Family]
+    assert [note for note in notes(admin, POLICY) if "closed" in note] == told
+    assert defaults(admin, 4001) == []
+    assert len(defaults(admin, 4002)) == 2
+    with pytest.raises(OSError, match=r"No route to host|Cannot assign requested address"):
+        admin.host.send(WILD["ipv4"], INSIDE["ipv4"])
+    admin.host.send(WILD["ipv4"], OUTSIDE["ipv4"])
+    if change[-1] == "down":
+        admin.host.ip("link", "set", "vpn0", "up")
+        admin.host.ip("address", "add", f"{INSIDE['ipv6']}/64", "dev", "vpn0")
+        admin.host.settle()
+        admin.apply(POLICY)
+        assert len(defaults(admin, 4001)) == 2
+
+
+def test_an_address_that_came_and_went_is_followed(admin: Admin) -> None:
+    """ "auto" is the link's global addresses as they are at the apply."""
+    admin.apply(POLICY)
+    admin.host.ip("address", "add", "203.0.113.7/24", "dev", "wan")
+    assert (
+        admin.plan(POLICY).text.splitlines()[0]
+        == "+ ip rule add priority 4002 from 203.0.113.7 lookup 4002 protocol 73"
+    )
+    admin.apply(POLICY)
+    admin.host.ip("address", "delete", "203.0.113.7/24", "dev", "wan")
+    assert "- ip rule delete priority 4002 from 203.0.113.7 lookup 4002 protocol 73\n" in admin.plan(POLICY).text
+    admin.apply(POLICY)
+    assert admin.plan(POLICY).text == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        pytest.param(
+            "",
+            ["default via 203.0.113.1 dev wan src 203.0.113.2 metric 1024"],
+            id="one",
+        ),
+        pytest.param(
+            "route delete default\nroute add default via 203.0.113.8 dev wan metric 50\n"
+            "route add default via 203.0.113.9 dev wan metric 20\nroute add default via 192.0.2.129 dev vpn0 metric 5",
+            ["default via 203.0.113.9 dev wan src 203.0.113.2 metric 1024"],
+            id="several-the-best-on-the-link",
+        ),
+        pytest.param(
+            "route delete default\nroute add default via 198.18.7.7 dev wan onlink",
+            ["default via 198.18.7.7 dev wan src 203.0.113.2 metric 1024 onlink"],
+            id="onlink",
+        ),
+        pytest.param(
+            "route delete default\nroute add default nexthop via 203.0.113.1 dev wan weight 3 "
+            "nexthop via 203.0.113.8 dev wan weight 1 nexthop via 192.0.2.129 dev vpn0 weight 9",
+            [
+                "default src 203.0.113.2 metric 1024",
+                "nexthop via 203.0.113.1 dev wan weight 3",
+                "nexthop via 203.0.113.8 dev wan weight 1",
+            ],
+            id="multipath",
+        ),
+        pytest.param(
+            "route delete default\nroute add default dev wan",
+            ["default dev wan scope 253 src 203.0.113.2 metric 1024"],
+            id="point-to-point",
+        ),
+        pytest.param(
+            "route delete default\nroute add default via inet6 2001:db8:2::1 dev wan",
+            ["default via inet6 2001:db8:2::1 dev wan src 203.0.113.2 metric 1024"],
+            id="via-ipv6",
+        ),
+        pytest.param("route delete default", [], id="none"),
+    ],
+)
+def test_the_next_hop_auto(admin: Admin, lines: str, expected: list[str]) -> None:
+    """ "auto" copies main's best default on the link: gateway, onlink, and those of several hops that are on it."""
+    admin.host.ip_batch(lines, "-4")
+    text = policy_text(None, {"addresses": [OUTSIDE["ipv4"]]})
+    admin.apply(text)
+    assert admin.plan(text).text == ""
+    listed = admin.host.ip("-N", "route", "list", "table", "4002").replace("proto 73 ", "")
+    found = re.findall(r"^(?:default|\s+nexthop) .*", listed, re.MULTILINE)
+    assert [" ".join(line.split()) for line in found] == expected
+
+
+@pytest.mark.parametrize("protocol", ["ra", "dhcp", "bird"])
+def test_a_default_of_any_origin_is_followed(admin: Admin, protocol: str) -> None:
+    """Router discovery, DHCP or a routing daemon: whoever made main's default, the identity follows it."""
+    admin.host.ip("-6", "route", "delete", "default")
+    admin.host.ip("-6", "route", "add", "default", "via", "fe80::1", "dev", "wan", "proto", protocol)
+    admin.apply(POLICY)
+    assert "default via fe80::1 dev wan src 2001:db8:2::2 metric 1024" in defaults(admin, 4002)
+
+
+def test_a_multipath_route_behind_the_gateway_is_good_for_all(admin: Admin) -> None:
+    """A downstream network by two hops is in every identity's table with both, and the next plan is empty."""
+    admin.host.ip(
+        *("route", "add", "10.50.0.0/16", "nexthop", "via", "10.9.0.5", "dev", "lan"),
+        *("nexthop", "via", "10.9.0.6", "dev", "lan", "weight", "2"),
+    )
+    text = policy_text({"members": MEMBERS}, downstream=["lan"])
+    admin.apply(text)
+    assert admin.plan(text).text == ""
+    for table in ("4001", "4002"):
+        listed = admin.host.ip("route", "list", "10.50.0.0/16", "table", table).split()
+        assert [listed[n + 1] for n, word in enumerate(listed) if word == "via"] == ["10.9.0.5", "10.9.0.6"]
+
+
+@both_families
+def test_an_address_on_lo_is_an_identity_s(gateway: Gateway, tmp_path: Path, family: str) -> None:
+    """An own address that no link has but lo (VRRP, anycast) leaves by its identity's link."""
+    admin = Admin(gateway.gw, tmp_path)
+    service = {"ipv4": "192.0.2.200", "ipv6": "2001:db8:4::200"}[family]
+    gateway.gw.ip("address", "add", service, "dev", "lo")
+    admin.apply(policy_text({"addresses": [*INSIDE.values(), service]}))
+    with gateway.corp.sniff("gw") as vpn0, gateway.isp.sniff("gw") as wan:
+        gateway.gw.send(WILD[family], service)
+        assert len(vpn0.packets(service, WILD[family])) == 1
+        assert not wan.packets(service)
+
+
+@pytest.mark.parametrize("name", ["wan.100", "fifteen-bytes-1", "ü.ñ", "a+b@c", "-x", "0", "any", "dev", "map"])
+def test_a_link_may_have_any_name_that_the_kernel_takes(admin: Admin, name: str) -> None:
+    """Dots, 15 bytes, other letters and words of nft's and ip's languages: apply, an empty plan, remove."""
+    admin.host.ip("link", "set", "dev", "vpn0", "down")
+    admin.host.ip("link", "set", "dev", "vpn0", "name", name)
+    admin.host.ip("link", "set", "dev", name, "up")
+    admin.host.ip("address", "add", f"{INSIDE['ipv6']}/64", "dev", name)
+    admin.host.settle()
+    admin.host.sysctl(f"net/ipv4/conf/{name}/rp_filter", 1)
+    before = admin.inventory()
+    text = policy_text({"link": name, "members": MEMBERS, "masquerade": True, "clamp_mss": True, "when_down": "main"})
+    admin.apply(text)
+    assert admin.plan(text).text == ""
+    assert admin.host.sysctl(f"net/ipv4/conf/{name}/src_valid_mark") == 1
+    admin.host.send(WILD["ipv4"], INSIDE["ipv4"])
+    assert admin.counts()["id-inside-ipv4-transmit"].packets == 1
+    admin.remove()
+    assert admin.inventory() == before
+
+
+def test_a_tentative_address(admin: Admin) -> None:
+    """While an address is still being checked for duplicates, an apply works, and the address is covered."""
+    host = admin.host
+    host.sysctl("net/ipv6/conf/wan/accept_dad", 1)
+    host.sysctl("net/ipv6/conf/wan/dad_transmits", 60)
+    host.ip("address", "flush", "dev", "wan", "scope", "global")
+    host.ip_batch(
+        f"address add {OUTSIDE['ipv4']}/24 dev wan\naddress add {OUTSIDE['ipv6']}/64 dev wan\n"
+        f"route replace default via {ISP['ipv4']} dev wan\nroute replace default via {ISP['ipv6']} dev wan"
+    )
+    assert "tentative" in host.ip("-6", "address", "show", "dev", "wan")
+    admin.apply(POLICY)
+    assert f"from {OUTSIDE['ipv6']} lookup 4002" in host.ip("-6", "rule")
+
+
+# --- very large tables of others -------------------------------------------------------------------------------------
+
+
+class Counting(Rtnl):
+    """Counts the routes of main that it decodes."""
+
+    decoded = 0
+
+    def main_routes(self, *arguments: Any, **filters: Any) -> tuple[Route, ...]:
+        found = super().main_routes(*arguments, **filters)
+        self.decoded += len(found)
+        return found
+
+
+def test_a_full_table_in_main_is_not_read(admin: Admin) -> None:
+    """With 50,000 routes of a routing daemon in main, a look decodes those of the household and no more."""
+    texts = (POLICY, policy_text({"members": MEMBERS}, downstream=["lan"]))
+    admin.apply(POLICY)
+    decoded = {}
+    for foreign in (0, 50_000):
+        routes = (f"route add 100.{n >> 8}.{n & 255}.0/24 via {ISP['ipv4']} dev wan proto bird" for n in range(foreign))
+        admin.host.ip_batch("\n".join(routes))
+        for text in texts:
+            counting = Counting()
+            with reconcile.opened() as kernel, counting:
+                reconcile.look(admin.write(text), replace(kernel, rtnl=counting))
+                decoded[foreign, text] = counting.decoded
+        assert admin.plan(POLICY).text == ""
+    for text in texts:
+        assert decoded[50_000, text] == decoded[0, text] < 20
+
+
+def test_a_large_set_of_another_table_is_not_ours_to_read(admin: Admin) -> None:
+    """Beside a foreign interval map a look finds what it found before, and a change of ours leaves the map alone."""
+    admin.apply(POLICY)
+    elements = ", ".join(f"100.{n >> 8}.{n & 255}.0/24 : accept" for n in range(3000))
+    admin.host.nft(
+        f"table inet other {{ map m {{ type ipv4_addr : verdict; flags interval; elements = {{ {elements} }}; }}; }}"
+    )
+    there = admin.host.run(["nft", "list", "table", "inet", "other"])
+    assert admin.plan(POLICY).text == ""
+    admin.apply(policy_text({"members": ["10.9.0.0/25"]}))
+    assert admin.host.run(["nft", "list", "table", "inet", "other"]) == there
