@@ -62,15 +62,17 @@ class Netlink:
         self._sequence += 1
         found: list[bytes] = []
         interrupted = False
+        unpack, expected = HEADER.unpack_from, self._sequence  # this loop sees every route of a BGP table
         try:
             self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
             while True:
                 data = self._socket.recv(1 << 17)
                 offset = 0
                 while offset < len(data):
-                    size, answer, flag, sequence, _ = HEADER.unpack_from(data, offset)
-                    if sequence == self._sequence:
-                        interrupted |= bool(flag & NLM_F_DUMP_INTR)
+                    size, answer, flag, sequence, _ = unpack(data, offset)
+                    if sequence == expected:
+                        if flag & NLM_F_DUMP_INTR:
+                            interrupted = True
                         if answer in (NLMSG_DONE, NLMSG_ERROR):
                             # A dump that fails on its way says so in its end; ENOENT: the table or set is not there.
                             code = -struct.unpack_from("=i", data, offset + HEADER.size)[0]
