@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from agent import ruleset
+from agent import commands, ruleset
 from agent.desired import Desired
 from agent.model import METRIC_LAST, Fwmark, Route, Rule, Table
 
@@ -160,7 +160,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     """
     wanted = ruleset.table(desired)
     strays = _strays(desired, observed)
-    commands = ruleset.transaction(wanted, observed.table, rules_anew=bool(strays))
+    changes = commands.transaction(wanted, observed.table, rules_anew=bool(strays))
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
     add_rules, delete_rules = _rule_steps(desired.rules, observed.rules)
     return Plan(
@@ -169,7 +169,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *([Load(wanted.name, tuple(ruleset.closing(wanted.name, strays)))] if strays else []),
             *add_routes,
             *add_rules,
-            *([Load(wanted.name, commands)] if commands else []),
+            *([Load(wanted.name, changes)] if changes else []),
             *map(_delete_table, observed.other_tables),
             *delete_rules,
             *delete_routes,

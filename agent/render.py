@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent import ruleset
+from agent import commands, ruleset
 from agent.desired import Desired, Standing, detours
 from agent.model import Rule
 from agent.plan import SetSrcValidMark, addition_order, rule_order
@@ -24,7 +24,7 @@ def ruleset_text(desired: Desired) -> str:
         *_header(desired),
         "Load with: nft -f ruleset.nft; again and again, the counters go on. No packet passes unmarked meanwhile.",
     )
-    return ruleset.render(ruleset.table(desired), header)
+    return commands.render(ruleset.table(desired), header)
 
 
 def routing_text(desired: Desired) -> str:

@@ -1,0 +1,145 @@
+"""A table as nft commands: the text that makes it from nothing, the transaction that makes it from what is there."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from agent.model import Chain, NftSet, Statement, Table
+
+#: Above this many deletions a map is flushed and filled again: nft looks for each element from the start.
+FEW = 64
+
+
+def render(wanted: Table, header: Iterable[str] = ()) -> str:
+    """The table as a file for `nft -f`, which may be loaded again and again.
+
+    First everything is declared, which keeps what is there already (counters go on counting); then rules and
+    elements are taken out and put in anew, all in one transaction: no packet meets anything in between.
+    """
+    name = wanted.name
+    lines = [*_comment(header), "", "# Declared first, for elements may only point to chains that are there."]
+    lines += [f"table inet {name} {{", *_declarations(wanted), "}", ""]
+    lines += [
+        "# Rules and elements are put in anew, counters go on: one transaction, no packet meets anything in between.",
+        f"flush table inet {name}",
+        *(f"flush {nft_set.keyword} inet {name} {nft_set.name}" for nft_set in wanted.sets),
+        "",
+        f"table inet {name} {{",
+    ]
+    blocks = [_set_lines(nft_set) for nft_set in wanted.sets] + [_documented(chain) for chain in wanted.chains]
+    for number, block in enumerate(blocks):
+        lines += [""] * bool(number) + [f"    {line}" if line else "" for line in block]
+    return "\n".join([*lines, "}", ""])
+
+
+def _declarations(wanted: Table) -> Iterator[str]:
+    for name in wanted.counters:
+        yield f"    counter {name} {{ }}"
+    for chain in wanted.chains:
+        if not chain.hook:
+            yield f"    chain {chain.name} {{ }}"
+    for nft_set in wanted.sets:
+        yield f"    {nft_set.keyword} {nft_set.name} {{ {_type(nft_set)} }}"
+
+
+def _type(nft_set: NftSet) -> str:
+    value = f" : {nft_set.value}" if nft_set.value else ""
+    return f"type {nft_set.key}{value};{' flags interval;' if nft_set.interval else ''}"
+
+
+def _set_lines(nft_set: NftSet) -> list[str]:
+    lines = [*_comment(nft_set.about), f"{nft_set.keyword} {nft_set.name} {{", f"    {_type(nft_set)}"]
+    lines += [f"    # {words}" for words in nft_set.pending]
+    if nft_set.elements:
+        lines += ["    elements = {", *(f"        {_element(element)}," for element in nft_set.elements), "    }"]
+    return [*lines, "}"]
+
+
+def _element(element: tuple[str, str]) -> str:
+    key, value = element
+    return f"{key} : {value}" if value else key
+
+
+def _documented(chain: Chain) -> list[str]:
+    return [*_comment(chain.about), *chain_lines(chain)]
+
+
+def chain_lines(chain: Chain) -> list[str]:
+    """A chain with its hook and rules, a line each."""
+    lines = [f"chain {chain.name} {{"] + [f"    {chain.hook}"] * bool(chain.hook)
+    lines += [f"    {_rule(statement)}" for statement in chain.rules]
+    return [*lines, "}"]
+
+
+def _rule(statement: Statement) -> str:
+    return f'{statement.text} comment "{statement.comment}"'
+
+
+def _comment(paragraphs: Iterable[str]) -> Iterator[str]:
+    for paragraph in paragraphs:
+        yield from textwrap.wrap(paragraph, 112, initial_indent="# ", subsequent_indent="# ") or ["#"]
+
+
+def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = False) -> tuple[str, ...]:
+    """nft's commands that turn what the kernel has into what is wanted; none when nothing differs.
+
+    A table that isn't there is made by the rendered text itself. What can't be changed in place (a hook, the type of
+    a set) and what is nobody's any more is deleted, and every rule that might hold on to it goes first.
+    """
+    if present is None:
+        return (render(wanted),)
+    name = wanted.name
+    chains = {chain.name: chain for chain in present.chains}
+    sets = {nft_set.name: nft_set for nft_set in present.sets}
+    unfit_sets = [s for s in present.sets if not any((s.name, s.type) == (w.name, w.type) for w in wanted.sets)]
+    unfit_chains = [c for c in present.chains if not any((c.name, c.hook) == (w.name, w.hook) for w in wanted.chains)]
+    fitting_sets = {s.name: s for s in present.sets if s not in unfit_sets}
+    fitting_chains = {c.name for c in present.chains if c not in unfit_chains}
+    stale_chains = [c.name for c in unfit_chains if c.name not in _names(wanted.chains)]
+    rules_anew = rules_anew or bool(unfit_sets or unfit_chains) or _rules_differ(wanted, chains)
+    commands = [f"add table inet {name}"] * present.dormant + [f"flush table inet {name}"] * rules_anew
+    # The kernel's own word for it: what is a map there may be wanted as a set.
+    commands += [f"delete {sets[s.name].keyword} inet {name} {s.name}" for s in unfit_sets]
+    commands += [f"delete chain inet {name} {c.name}" for c in unfit_chains if c.name not in stale_chains]
+    commands += [f"add counter inet {name} {c}" for c in wanted.counters if c not in set(present.counters)]
+    for chain in wanted.chains:
+        if chain.name not in fitting_chains:
+            commands.append(f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}")
+    for nft_set in wanted.sets:
+        if nft_set.name not in fitting_sets:
+            commands.append(f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)} }}")
+        commands += element_changes(name, nft_set, fitting_sets.get(nft_set.name))
+    if rules_anew:
+        commands += [f"add rule inet {name} {c.name} {_rule(rule)}" for c in wanted.chains for rule in c.rules]
+    # Last, for elements may have pointed there.
+    commands += [f"delete chain inet {name} {chain}" for chain in stale_chains]
+    commands += [f"delete counter inet {name} {c}" for c in present.counters if c not in set(wanted.counters)]
+    return tuple(commands)
+
+
+def _rules_differ(wanted: Table, present: dict[str, Chain]) -> bool:
+    """Whether a chain is missing or has other rules: by their comments in order, the digest being one of them."""
+    return any(
+        chain.name not in present
+        or [rule.comment for rule in chain.rules] != [rule.comment for rule in present[chain.name].rules]
+        for chain in wanted.chains
+    )
+
+
+def element_changes(name: str, wanted: NftSet, present: NftSet | None) -> Iterator[str]:
+    """Commands for the elements of one set that differ. An element with a new value is deleted first."""
+    want, have = dict(wanted.elements), dict(present.elements if present else ())
+    gone = [key for key, value in have.items() if want.get(key) != value]
+    new = [(key, value) for key, value in want.items() if have.get(key) != value]
+    if len(gone) > FEW:
+        yield f"flush {wanted.keyword} inet {name} {wanted.name}"
+        gone, new = [], list(want.items())
+    if gone:
+        yield f"delete element inet {name} {wanted.name} {{ {', '.join(gone)} }}"
+    if new:
+        yield f"add element inet {name} {wanted.name} {{ {', '.join(map(_element, new))} }}"
+
+
+def _names(items: Iterable[Chain | NftSet]) -> set[str]:
+    return {item.name for item in items}
