@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,9 +20,7 @@ from agent.lab.lab import POLICY, Lab
 from agent.lab.probes import BROKEN, Outcome, matrix
 from agent.model import Family
 from tests.lab.conftest import Build
-
-#: Seconds until something that must come is given up.
-PATIENCE = 10.0
+from tests.lab.processes import PATIENCE, eventually, processes
 
 VPNS = pytest.mark.parametrize("kind", list(vpn.VPNS))
 
@@ -31,26 +28,6 @@ VPNS = pytest.mark.parametrize("kind", list(vpn.VPNS))
 def failed(outcomes: list[Outcome]) -> set[tuple[str, Family]]:
     """Which probes failed."""
     return {(outcome.probe.name, outcome.probe.family) for outcome in outcomes if not outcome.ok}
-
-
-def processes() -> dict[int, str]:
-    """The processes in this sandbox but our own: pid and command line. What waits to be reaped has no command line."""
-    found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        words = (directory / "cmdline").read_text().replace("\0", " ").strip() if directory.exists() else ""
-        if words and int(directory.name) != os.getpid():
-            found[int(directory.name)] = words
-    return found
-
-
-def eventually(done: Callable[[], bool]) -> bool:
-    """Whether it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 # --- the problem -----------------------------------------------------------------------------------------------------
@@ -223,6 +200,25 @@ def test_up_shell_down(idmark_lab: Callable[..., subprocess.CompletedProcess[str
     assert idmark_lab("down").returncode == 0
     assert traces() == before
     assert not list(tmp_path.iterdir())
+
+
+def test_up_with_the_policy_applied(idmark_lab: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """With --apply the policy is in force on the gateway as soon as the lab is up."""
+    assert idmark_lab("up", "--apply").returncode == 0
+    done = idmark_lab("shell", "gw", "--", "idmark", "-c", os.fspath(POLICY), "plan")
+    assert (done.returncode, done.stdout) == (0, "# in force: nothing to do\n")
+
+
+@VPNS
+def test_demo(idmark_lab: Callable[..., subprocess.CompletedProcess[str]], kind: str) -> None:
+    """The demo shows the problem and its cure, says that every probe passes, and leaves nothing behind."""
+    before = traces()
+    done = idmark_lab("demo", "--vpn", kind)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "12 packets left by the other identity's link" in done.stdout
+    assert "\n24 of 24 probes pass, " in done.stdout
+    assert "in force    policy " in done.stdout
+    assert traces() == before
 
 
 def test_one_lab_at_a_time(idmark_lab: Callable[..., subprocess.CompletedProcess[str]]) -> None:
