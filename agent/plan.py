@@ -157,43 +157,78 @@ def plan(desired: Desired, observed: Observed) -> Plan:
 
     Order: routes, rules, marks; and backwards when taking away. A mark without its rule follows main, a rule without
     its table's last route falls through to main: both would be leaks.
+
+    When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
+    which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
+    come when nothing is left of the old roads.
     """
     wanted = ruleset.table(desired)
-    strays = _strays(desired, observed)
-    changes = commands.transaction(wanted, observed.table, rules_anew=bool(strays))
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
     add_rules, delete_rules = _rule_steps(desired.rules, observed.rules)
+    handover = _handover(desired, observed, wanted)
+    changes = commands.transaction(wanted, observed.table, rules_anew=handover)
+    closing = ruleset.closing(wanted.name, _closed_meanwhile(desired, observed)) if handover else ()
+    new_marks = (
+        *([Load(wanted.name, changes)] if changes else []),
+        *map(_delete_table, observed.other_tables),
+    )
+    taking_away = (*delete_rules, *delete_routes)
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
-            *([Load(wanted.name, tuple(ruleset.closing(wanted.name, strays)))] if strays else []),
+            *([Load(wanted.name, closing)] if closing else []),
             *add_routes,
             *add_rules,
-            *([Load(wanted.name, changes)] if changes else []),
-            *map(_delete_table, observed.other_tables),
-            *delete_rules,
-            *delete_routes,
+            *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
 
 
-def _strays(desired: Desired, observed: Observed) -> list[Fwmark]:
-    """The marks of the ruleset that is there which would follow a road of another identity until the new one is loaded.
+def _handover(desired: Desired, observed: Observed, wanted: Table) -> bool:
+    """Whether a mark would meet another one's road on the way, or is closed already by a plan that was cut short."""
+    if observed.table is None:
+        return False
+    marks = {*_strays(observed.table, desired, observed), *_strays(wanted, desired, observed)}
+    return bool(marks) or ruleset.is_closing(observed.table)
 
-    So it is when ids are swapped, or tables or the mask move: old marks meet new rules and routes. They are closed
-    for that while; enforcement, which would drop and count them as misrouted, may be off.
+
+def _strays(table: Table, desired: Desired, observed: Observed) -> Iterator[int]:
+    """The marks of a ruleset that old and new rules lead to a default, old or new, by a link that is not theirs.
+
+    Enforcement would drop and count them as misrouted; it may be off.
     """
-    roads = ruleset.roads(observed.table) if observed.table else {}
     rules = desired.rules | set(observed.rules)
+    defaults = [*_best_defaults(desired.routes), *_best_defaults(observed.routes)]
+    for mark, links in ruleset.roads(table).items():
+        tables = {rule.table for rule in rules if _names(rule, mark)}
+        if any(hop.link not in links for route in defaults if route.table in tables for hop in route.hops):
+            yield mark
+
+
+def _best_defaults(routes: Iterable[Route]) -> Iterable[Route]:
+    """Of each table and family the default that packets follow; behind it stand those of `when_down`."""
+    best: dict[tuple[int, str], Route] = {}
+    for route in sorted(routes, key=lambda route: route.metric):
+        if not route.destination.length:
+            best.setdefault((route.table, route.family), route)
+    return best.values()
+
+
+def _closed_meanwhile(desired: Desired, observed: Observed) -> Iterator[Fwmark]:
+    """The marks that are there and stray, or are about to lose a rule."""
+    if observed.table is None:
+        return
+    going = [rule for rule in observed.rules if rule not in desired.rules]
     masks = {rule.fwmark.mask for rule in observed.rules if rule.fwmark}
-    strays = []
-    for mark, links in roads.items():
-        tables = {rule.table for rule in rules if rule.fwmark and mark & rule.fwmark.mask == rule.fwmark.value}
-        routes = (route for route in desired.routes if route.table in tables and not route.destination.length)
-        if any(hop.link not in links for route in routes for hop in route.hops):
-            strays += [Fwmark(mark, mask) for mask in sorted(masks) if not mark & ~mask]
-    return strays
+    strays = set(_strays(observed.table, desired, observed))
+    for mark in ruleset.roads(observed.table):
+        if mark in strays or any(_names(rule, mark) for rule in going):
+            yield from (Fwmark(mark, mask) for mask in sorted(masks) if not mark & ~mask)
+
+
+def _names(rule: Rule, mark: int) -> bool:
+    return rule.fwmark is not None and mark & rule.fwmark.mask == rule.fwmark.value
 
 
 def removal(observed: Observed) -> Plan:

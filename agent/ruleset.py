@@ -22,6 +22,8 @@ TCP_HEADERS = {Family.IPV4: 40, Family.IPV6: 60}
 
 #: Where the kernel keeps what was loaded, and how it starts.
 DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
+#: How the comment starts of a rule that closes an identity while roads change.
+CLOSING_COMMENT = "closed while roads change: "
 
 IS_DNAT_REPLY = "ct status dnat ct direction reply"
 IS_SYN = "tcp flags & (syn|rst) == syn"
@@ -396,11 +398,18 @@ def _misrouted(desired: Desired) -> str:
 # --- on the way from one table to the next ----------------------------------------------------------------------------
 
 
-def closing(name: str, marks: Iterable[Fwmark]) -> Iterator[str]:
+def closing(name: str, marks: Iterable[Fwmark]) -> tuple[str, ...]:
     """Commands that let no packet with these marks out, until the rules are put in anew."""
-    for mark in marks:
-        match = f'oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x}'
-        yield f'insert rule inet {name} postrouting {match} drop comment "closed while roads change: {mark}"'
+    return tuple(
+        f'insert rule inet {name} postrouting oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x} drop '
+        f'comment "{CLOSING_COMMENT}{mark}"'
+        for mark in marks
+    )
+
+
+def is_closing(present: Table) -> bool:
+    """Whether a table still has what `closing` put there."""
+    return any(rule.comment.startswith(CLOSING_COMMENT) for chain in present.chains for rule in chain.rules)
 
 
 def roads(present: Table) -> dict[int, set[str]]:

@@ -109,10 +109,19 @@ def test_auto_address_that_is_a_member_too() -> None:
     assert ip_address("203.0.113.2") in standing(desired, "outside").addresses
 
 
-def test_auto_takes_no_host_scope() -> None:
-    """An address of a smaller scope than global is not "auto"'s."""
-    wan = replace(WAN, addresses=(LinkAddress(ip_address("203.0.113.9"), 32, scope_global=False), *WAN.addresses))
-    found = standing(desire(policy(OUTSIDE), host(wan, routes=DEFAULTS)), "outside").addresses
+@pytest.mark.parametrize(
+    ("address", "scope_global"),
+    [
+        pytest.param("203.0.113.9", False, id="host-scope"),
+        pytest.param("169.254.7.7", True, id="link-local-ipv4"),
+        pytest.param("fe80::7", False, id="link-local-ipv6"),
+    ],
+)
+def test_auto_is_global(address: str, scope_global: bool) -> None:
+    """ "auto" takes no link-local address, whatever scope it is said to have, and none of a smaller scope."""
+    more = LinkAddress(ip_address(address), 24, scope_global)
+    facts = host(replace(WAN, addresses=(more, *WAN.addresses)), routes=DEFAULTS)
+    found = standing(desire(policy(OUTSIDE), facts), "outside").addresses
     assert found == (ip_address("203.0.113.2"), ip_address("2001:db8:203::2"))
 
 
@@ -152,6 +161,15 @@ def test_source_of_default(addresses: list[str], source: str | None) -> None:
     desired = desire(policy(inside), host(VPN, link("dummy0", "192.0.2.7/32")))
     (own,) = (item for item in desired.routes if item.metric == METRIC_OWN)
     assert (own.source and str(own.source)) == source
+
+
+def test_tentative_address() -> None:
+    """An address whose duplicates are still looked for is covered already, and no route prefers it yet."""
+    tentative = LinkAddress(ip_address("2001:db8:203::2"), 64, tentative=True)
+    desired = desire(policy(OUTSIDE), host(replace(WAN, addresses=(tentative,)), routes=DEFAULTS))
+    assert standing(desired, "outside").addresses == (tentative.address,)
+    assert Rule(IPV6, 4002, 4002, source=Prefix.host(tentative.address)) in desired.rules
+    assert {item.source for item in desired.routes} == {None}
 
 
 # --- next hops -------------------------------------------------------------------------------------------------------

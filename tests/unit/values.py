@@ -159,7 +159,7 @@ def host(*links: Link, routes: Iterable[str] = ()) -> Facts:
     return Facts(tuple(links), tuple(sorted(every.values(), key=lambda item: (item.key, str(item)))))
 
 
-#: The net of the kernel facts: I on the VPN, O on the provider's link, a LAN behind.
+#: The lab's net: I on the VPN, O on the provider's link, a LAN behind.
 INSIDE = identity("inside", 1, "vpn0", addresses=["192.0.2.130", "2001:db8:4::130"], members=["10.9.0.0/24"])
 OUTSIDE = identity("outside", 2, "wan", next_hop="auto")
 WAN = link("wan", "203.0.113.2/24", "2001:db8:203::2/64", "fe80::2/64")
@@ -171,8 +171,8 @@ GATEWAY = host(LO, WAN, VPN, LAN, routes=DEFAULTS)
 
 
 def read_back(table: Table) -> Table:
-    """A table as `agent.kernel.nft` reads it: nft lists no rule as it was written, knows nothing of what is said to a
-    reader, and has an order of its own for all but the rules of a chain.
+    """A table as `agent.kernel.nfnl` reads it: the kernel has no rule as it was written, knows nothing of what is said
+    to a reader, and has an order of its own for all but the rules of a chain.
     """
     return replace(
         table,
@@ -215,6 +215,25 @@ NETWORKS = {Family.IPV4: 24, Family.IPV6: 64}
 DESTINATIONS = {Family.IPV4: ("0.0.0.0/0", "10.77.0.0/16"), Family.IPV6: ("::/0", "2001:db8:77::/48")}
 
 
+#: Names of every kind that the door lets pass, the longest among them.
+NAMES = ("inside", "outside", "a", "map", "x-1", "y_2", "z" * 31)
+
+# Strategies that are drawn from often are made once: making one costs more than drawing.
+_families = st.sampled_from(Family)
+_family_sets = st.sets(_families)
+_roads = st.sampled_from(ROADS)
+_some_hosts = st.integers(1, 4)
+_numbered_hosts = st.sets(st.tuples(_families, _some_hosts), max_size=3)
+_small = st.integers(0, 31)
+_metrics = st.sampled_from([0, 100, 1024])
+_mtus = st.sampled_from([1280, 1420, 1500])
+_names = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)
+_numbers = st.permutations(range(1, 8))
+_link_lists = st.lists(st.sampled_from(EVERY_LINK), unique=True)
+_link_sets = st.frozensets(st.sampled_from(EVERY_LINK))
+_downstreams = st.none() | st.lists(st.sampled_from(BEHIND), unique=True)
+
+
 def _address(link_name: str, family: Family, number: int) -> Address:
     """A host of a link's network: 198.18.N.0/24, 2001:db8:N::/64."""
     place = EVERY_LINK.index(link_name)
@@ -224,12 +243,16 @@ def _address(link_name: str, family: Family, number: int) -> Address:
 @st.composite
 def _prefixes(draw: st.DrawFn) -> Prefix:
     """A network among few, so that many hold each other; now and then a single address that a link may have."""
-    family = draw(st.sampled_from(Family))
+    family = draw(_families)
     if draw(st.booleans()):
-        return Prefix.host(_address(draw(st.sampled_from(ROADS)), family, draw(st.integers(1, 4))))
-    hosts = draw(st.sampled_from([0, 1, 2, 3, 4, family.bits - 15]))
+        return Prefix.host(_address(draw(_roads), family, draw(_some_hosts)))
+    hosts = draw(_host_bits[family])
     base = int(parse_address("198.18.0.0" if family is Family.IPV4 else "2001:db8::"))
-    return Prefix(family, (base + draw(st.integers(0, 31))) >> hosts << hosts, family.bits - hosts)
+    return Prefix(family, (base + draw(_small)) >> hosts << hosts, family.bits - hosts)
+
+
+_host_bits = {family: st.sampled_from([0, 1, 2, 3, 4, family.bits - 15]) for family in Family}
+_any_prefix = _prefixes()
 
 
 @st.composite
@@ -250,16 +273,15 @@ def kernels(draw: st.DrawFn) -> Kernel:
 def policies(draw: st.DrawFn) -> Policy:
     """A policy as the door lets it pass."""
     kernel = draw(kernels())
-    names = draw(st.lists(st.from_regex(r"[a-z][a-z0-9_-]{0,30}", fullmatch=True), min_size=1, max_size=4, unique=True))
-    names = [name for name in names if name not in {MAIN, UNREACHABLE, "auto", "none"}] or ["inside"]
-    numbers = draw(st.lists(st.integers(1, 7), min_size=len(names), max_size=len(names), unique=True))
-    owners = draw(st.dictionaries(_prefixes(), st.sampled_from(names), max_size=8))
+    names = draw(_names)
+    numbers = draw(_numbers)
+    owners = draw(st.dictionaries(_any_prefix, st.sampled_from(names), max_size=8))
     auto: set[str] = set()
     identities: list[Identity] = []
     for place, name in enumerate(names):
-        road = draw(st.sampled_from(ROADS))
+        road = draw(_roads)
         members = [prefix for prefix, owner in owners.items() if owner == name]
-        numbered = draw(st.sets(st.tuples(st.sampled_from(Family), st.integers(1, 4)), max_size=3))
+        numbered = draw(_numbered_hosts)
         own = [_address(road, family, number) for family, number in sorted(numbered)]
         own = [address for address in own if Prefix.host(address) not in owners]
         if not own and not members:
@@ -290,7 +312,7 @@ def policies(draw: st.DrawFn) -> Policy:
                 kernel=kernel,
             )
         )
-    downstream = draw(st.none() | st.lists(st.sampled_from(BEHIND), unique=True))
+    downstream = draw(_downstreams)
     return policy(*identities, downstream=downstream, kernel=kernel)
 
 
@@ -298,8 +320,8 @@ def policies(draw: st.DrawFn) -> Policy:
 def hosts(draw: st.DrawFn) -> Facts:
     """A host: any of the links, in any state, with addresses, defaults and static routes."""
     links, routes = [LO], []
-    for name in draw(st.lists(st.sampled_from(EVERY_LINK), unique=True)):
-        numbered = draw(st.sets(st.tuples(st.sampled_from(Family), st.integers(1, 4)), max_size=3))
+    for name in draw(_link_lists):
+        numbered = draw(_numbered_hosts)
         own = [f"{_address(name, family, number)}/{NETWORKS[family]}" for family, number in sorted(numbered)]
         up = draw(st.sampled_from([True, True, True, False]))
         links.append(
@@ -309,13 +331,13 @@ def hosts(draw: st.DrawFn) -> Facts:
                 *draw(st.sampled_from([(), (f"fe80::{len(links)}/64",)])),
                 up=up,
                 carrier=up and draw(st.booleans()),
-                mtu=draw(st.sampled_from([1280, 1420, 1500])),
+                mtu=draw(_mtus),
                 rp_filter=draw(st.integers(0, 2)),
                 src_valid_mark=draw(st.booleans()),
             )
         )
-        for family in sorted(draw(st.sets(st.sampled_from(Family)))) if up else ():
-            hop = f"dev {name} metric {draw(st.sampled_from([0, 100, 1024]))}"
+        for family in sorted(draw(_family_sets)) if up else ():
+            hop = f"dev {name} metric {draw(_metrics)}"
             if draw(st.booleans()):
                 hop = f"via {_address(name, family, 254)} {hop}"
             routes += [f"{destination} {hop}" for destination in DESTINATIONS[family]]
@@ -350,8 +372,8 @@ def observations(draw: st.DrawFn, desired: Desired, before: Desired) -> Observed
         rules=tuple(draw(st.lists(st.sampled_from(rules), max_size=12))),
         table=replace(read_back(table), name=desired.policy.kernel.nft_table) if table else None,
         other_tables=draw(st.sampled_from([(), ("idmark_old",)])),
-        src_valid_mark=draw(st.frozensets(st.sampled_from(EVERY_LINK))),
-        src_valid_mark_ours=draw(st.frozensets(st.sampled_from(EVERY_LINK))),
+        src_valid_mark=draw(_link_sets),
+        src_valid_mark_ours=draw(_link_sets),
     )
 
 
