@@ -98,7 +98,7 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
     fitting_chains = {c.name for c in present.chains if c not in unfit_chains}
     stale_chains = [c.name for c in unfit_chains if c.name not in _names(wanted.chains)]
     rules_anew = rules_anew or bool(unfit_sets or unfit_chains) or _rules_differ(wanted, chains)
-    commands = [f"add table inet {name}"] * present.dormant + [f"flush table inet {name}"] * rules_anew
+    commands = [f"flush table inet {name}"] * rules_anew
     # The kernel's own word for it: what is a map there may be wanted as a set.
     commands += [f"delete {sets[s.name].keyword} inet {name} {s.name}" for s in unfit_sets]
     commands += [f"delete chain inet {name} {c.name}" for c in unfit_chains if c.name not in stale_chains]

@@ -176,6 +176,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
+            *_wake(observed.table),
             *([Load(wanted.name, closing)] if closing else []),
             *add_routes,
             *add_rules,
@@ -183,6 +184,12 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
+
+
+def _wake(table: Table | None) -> Iterator[Load]:
+    """A table without the flag is awake; the kernel changes no hooks in the transaction that says so (EINVAL)."""
+    if table and table.dormant:
+        yield Load(table.name, (f"add table inet {table.name}",))
 
 
 def _handover(desired: Desired, observed: Observed, wanted: Table) -> bool:

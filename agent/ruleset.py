@@ -420,8 +420,9 @@ def roads(present: Table) -> dict[int, set[str]]:
     for nft_set in present.sets:
         if nft_set.name in ("own-link", "detour"):
             for key, _ in nft_set.elements:
-                mark, _, link = key.partition(" . ")
-                found.setdefault(int(mark, 16), set()).add(link.strip('"'))
+                mark, concatenated, link = key.partition(" . ")
+                if concatenated:  # else somebody's element for all others, *
+                    found.setdefault(int(mark, 16), set()).add(link.strip('"'))
     return found
 
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from types import TracebackType
 from typing import Any
 
@@ -401,10 +401,10 @@ def _to_rule(message: Message) -> Rule:
         for name, value in message["attrs"]
         if name not in RULE_ATTRIBUTES and (name, value) != ("FRA_SUPPRESS_PREFIXLEN", SUPPRESS_NOTHING)
     ]
-    # ip(8) lets a source have host bits; the kernel masks them when it matches, and keeps them.
-    clean = source is None or _clean(source, message["src_len"])
-    if not clean:
-        extra += [("FRA_SRC", source), ("src_len", message["src_len"])]
+    network = ip_network(f"{source}/{message['src_len']}", strict=False) if source else None
+    # ip(8) lets a source have host bits; the kernel masks them when it matches, and wants them for a delete.
+    if network and str(network.network_address) != source:
+        extra.append(("src", source))
     # A mark of 0 is legal in a rule (`fwmark 0/MASK`), and none of ours.
     if mask and not value:
         extra += [("FRA_FWMARK", 0), ("FRA_FWMASK", mask)]
@@ -420,17 +420,9 @@ def _to_rule(message: Message) -> Rule:
         table=message.get_attr("FRA_TABLE") or message["table"],
         # A rule without an explicit mask reads back 0xffffffff.
         fwmark=Fwmark(value, mask) if value else None,
-        source=Prefix.parse(f"{source}/{message['src_len']}") if source and clean else None,
+        source=Prefix.parse(str(network)) if network else None,
         extra=tuple(extra),
     )
-
-
-def _clean(address: str, length: int) -> bool:
-    try:
-        Prefix.parse(f"{address}/{length}")
-    except ValueError:
-        return False
-    return True
 
 
 def _freeze(value: object) -> Any:

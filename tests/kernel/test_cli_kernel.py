@@ -158,20 +158,65 @@ def test_explain_names_the_foreign_rule(admin: Admin) -> None:
     assert "DISAGREES: dev wan table 254" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("option", "source", "packet"),
+    [
+        pytest.param("-4", "192.0.2.1/24", (INSIDE["ipv4"], WILD["ipv4"]), id="ipv4"),
+        pytest.param("-6", "2001:db8:4::1/64", (INSIDE["ipv6"], WILD["ipv6"]), id="ipv6"),
+    ],
+)
+def test_a_foreign_rule_with_host_bits(admin: Admin, option: str, source: str, packet: tuple[str, str]) -> None:
+    """Beside somebody's rule whose source has host bits each verb works, and explain says whom the rule takes."""
+    admin.host.ip(option, "rule", "add", "priority", "100", "from", source, "lookup", "100")
+    before = admin.inventory()
+    assert admin.idmark("plan").returncode == 1
+    assert admin.idmark("apply").returncode == 0
+    assert admin.idmark("status").returncode == 0
+    done = admin.idmark("explain", *packet)
+    assert (done.returncode, done.stderr) == (0, "")
+    (told,) = (line for line in done.stdout.splitlines() if "a rule of somebody else's: priority 100 from " in line)
+    assert source.partition("/")[0] in told
+    others = ("10.9.0.5" if option == "-4" else "2001:db8:9::5", packet[1], "--in", "lan")
+    assert "somebody else's" not in admin.idmark("explain", *others).stdout
+    assert admin.idmark("remove").returncode == 0
+    assert admin.inventory() == before
+
+
+def test_a_foreign_route_in_our_table_is_told(admin: Admin) -> None:
+    """Where somebody's route in an identity's table comes before ours, each verb says so, and the route stays."""
+    admin.apply(POLICY)
+    foreign = ("default", "via", "203.0.113.1", "dev", "wan", "table", "4001")
+    admin.host.ip("route", "add", *foreign)
+    note = f"note: table 4001 holds a route that is not idmark's, and packets may follow it: {' '.join(foreign)}\n"
+    for verb in ("plan", "apply"):
+        done = admin.idmark(verb)
+        assert (done.returncode, done.stderr) == (0, note)
+    done = admin.idmark("status")
+    assert done.returncode == 0
+    assert note in done.stdout
+    for words in (("status", "--json"), ("plan", "--json")):
+        assert [f"note: {told}\n" for told in json.loads(admin.idmark(*words).stdout)["notes"]] == [note]
+    done = admin.idmark("explain", INSIDE["ipv4"], WILD["ipv4"])
+    assert done.returncode == 1
+    assert "another route in table 4001 leads there" in done.stdout
+    assert admin.host.ip("route", "list", "table", "4001", "proto", "boot").strip() == "default via 203.0.113.1 dev wan"
+
+
 # --- one at a time ---------------------------------------------------------------------------------------------------
 
 
-def test_an_apply_waits_for_the_lock(admin: Admin) -> None:
-    """While another holds the lock an apply changes nothing, and can be ended."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_apply_waits_for_the_lock(admin: Admin, number: signal.Signals) -> None:
+    """While another holds the lock an apply changes nothing, and can be ended, by a terminal that hangs up too."""
     before = admin.inventory()
     with runtime.lock("a test"):
         process = subprocess.Popen(admin.command("apply"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         lock = runtime.directory() / "lock"
         while process.poll() is None and lock not in map(Path.resolve, Path(f"/proc/{process.pid}/fd").iterdir()):
             time.sleep(0.005)
-        process.terminate()
+        process.send_signal(number)
         process.communicate()
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == 128 + number
     assert admin.inventory() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -22,9 +23,9 @@ from agent.kernel import KernelError
 from agent.model import Facts
 from agent.plan import Plan, removal
 from agent.reconcile import ApplyError
-from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
+from tests.kernel.admin import INSIDE_TABLE, MEMBERS, OUTSIDE_TABLE, Admin, Table, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
-from tests.kernel.net import CHOST, INSIDE, LAN_HOST, OUTSIDE, WILD, Host
+from tests.kernel.net import CHOST, INSIDE, ISP, LAN_HOST, OUTSIDE, WILD, Host
 
 FIRST = policy_text({"members": MEMBERS, "masquerade": True})
 #: Another table, other marks, another hook, members moved, and main's roads for one of the two.
@@ -138,6 +139,7 @@ def test_whatever_step_fails_nothing_has_changed(admin: Admin, present: str, wan
     [
         pytest.param("", FIRST, signal.SIGTERM, id="first-apply"),
         pytest.param(SECOND, FIRST, signal.SIGINT, id="change"),
+        pytest.param(FIRST, SECOND, signal.SIGHUP, id="change-back"),
         pytest.param(FIRST, "", signal.SIGINT, id="remove"),
     ],
 )
@@ -278,6 +280,122 @@ def test_no_packet_leaks_while_a_change_is_taken_back(gateway: Gateway, gateway_
             reconcile.apply(plan, watched.seams())
     assert watched.acts > len(plan.steps) + 1
     assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
+# --- numbers and links that change hands -----------------------------------------------------------------------------
+
+I_TABLE: Table = {**INSIDE_TABLE, "members": MEMBERS, "masquerade": True}
+O_TABLE: Table = {**OUTSIDE_TABLE, "addresses": [*OUTSIDE.values()], "next_hop": [*ISP.values()]}
+
+
+def renumbered(enforce: object, inside: Table = I_TABLE, outside: Table = O_TABLE, **kernel: object) -> str:
+    """I and O, with what they go by in the kernel."""
+    return policy_text(inside, outside, kernel={"enforce": enforce, **kernel})
+
+
+#: Each gives an old mark or table to another identity.
+HANDOVERS: dict[str, Callable[[bool], str]] = {
+    "ids": lambda enforce: renumbered(enforce, {**I_TABLE, "id": 2}, {**O_TABLE, "id": 1}),
+    "table_base": lambda enforce: renumbered(enforce, table_base=4001),
+    "mark_mask": lambda enforce: renumbered(enforce, mark_mask=0x7E000000),
+    "links": lambda enforce: renumbered(enforce, {**O_TABLE, "id": 1}, {**I_TABLE, "id": 2}),
+    "all": lambda enforce: renumbered(
+        enforce, table_base=4001, mark_mask=0x7E000000, rule_priority=4001, hook_priority=-120
+    ),
+}
+handovers = pytest.mark.parametrize("change", [pytest.param(each, id=name) for name, each in HANDOVERS.items()])
+enforcement = pytest.mark.parametrize("enforce", [True, False], ids=["enforced", "counted-only"])
+
+
+@handovers
+@enforcement
+def test_no_packet_leaks_while_roads_change_hands(
+    gateway: Gateway, gateway_admin: Admin, change: Callable[[bool], str], *, enforce: bool
+) -> None:
+    """When marks, tables or links become another identity's, there and back, no step leaks, enforced or not."""
+    gateway_admin.apply(renumbered(enforce))
+    leaks = []
+    with reconcile.opened() as kernel:
+        for text in (change(enforce), renumbered(enforce)):
+            plan = reconcile.look(gateway_admin.write(text), kernel).plan
+            assert "closed while roads change" in plan.text
+
+            def after(number: int, plan: Plan = plan) -> None:
+                before = foreign_sources(gateway)
+                send_from_everybody(gateway)
+                if foreign_sources(gateway) != before:
+                    leaks.append(f"behind step {number} of {len(plan.steps)}: {plan.steps[number - 1]}")
+
+            reconcile.apply(plan, Watched(kernel, after=after).seams())
+    assert leaks == []
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
+@handovers
+def test_killed_while_roads_change_hands(gateway: Gateway, gateway_admin: Admin, change: Callable[[bool], str]) -> None:
+    """After kill -9 behind any step nothing leaks: not then, and not while it is taken back or done again."""
+    admin, former, wanted = gateway_admin, renumbered(enforce=False), change(False)
+    for last in itertools.count(1):
+        admin.apply(former)
+        if last > len(admin.plan(wanted).steps):
+            break
+        killed = multiprocessing.get_context("fork").Process(target=apply_until_killed, args=(admin, wanted, last))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        send_from_everybody(gateway)
+        assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0), f"killed behind step {last}"
+        text = former if last % 2 else wanted
+        with reconcile.opened() as kernel:
+            plan = reconcile.look(admin.write(text), kernel).plan
+            reconcile.apply(plan, Watched(kernel, after=lambda number: send_from_everybody(gateway)).seams())
+        assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0), f"after step {last}, to {text}"
+        assert admin.plan(text).text == ""
+    assert last > 1
+
+
+def apply_until_killed(admin: Admin, text: str, last: int) -> None:
+    """In a process of its own: end without a word when so many steps are taken."""
+
+    def kill(number: int) -> None:
+        if number == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with reconcile.opened() as kernel:
+        reconcile.apply(reconcile.look(admin.write(text), kernel).plan, Watched(kernel, after=kill).seams())
+
+
+@enforcement
+@pytest.mark.parametrize("when_down", ["unreachable", "outside", "main"])
+@pytest.mark.parametrize(
+    ("down_before", "changed"),
+    [
+        pytest.param(True, {}, id="link-came-back"),
+        pytest.param(False, {"members": [*MEMBERS, "10.10.0.0/16"]}, id="new-member"),
+        pytest.param(False, {"next_hop": ["192.0.2.200", "2001:db8:4::200"]}, id="next-hop"),
+        pytest.param(False, {"id": 9}, id="unused-id"),
+        pytest.param(False, {"masquerade": False, "clamp_mss": True}, id="translation"),
+        pytest.param(False, {"when_down": "outside", "masquerade": False}, id="new-detour"),
+        pytest.param(False, {"when_down": "unreachable", "masquerade": False}, id="no-detour"),
+    ],
+)
+def test_nothing_is_closed_where_no_road_changes_hands(
+    admin: Admin, changed: Table, when_down: str, *, down_before: bool, enforce: bool
+) -> None:
+    """A plan for what changes nobody's road closes nothing on its way."""
+    inside = {**I_TABLE, "when_down": when_down}
+    if down_before:
+        admin.host.ip("link", "set", "vpn0", "down")
+    admin.apply(renumbered(enforce, inside))
+    if down_before:
+        admin.host.ip("link", "set", "vpn0", "up")
+        admin.host.ip("address", "add", f"{INSIDE['ipv6']}/64", "dev", "vpn0")
+    plan = admin.plan(renumbered(enforce, {**inside, **changed})).text
+    assert plan
+    assert "closed while roads change" not in plan
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import reconcile
+from agent import facts, reconcile, render
+from agent.desired import desire
+from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
-from agent.model import Family, Route
+from agent.model import Count, Family, Route
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
-from tests.kernel.net import INSIDE, ISP, OUTSIDE, WILD, Host
+from tests.kernel.net import CORP, INSIDE, ISP, OUTSIDE, WILD, Host
 from tests.kernel.test_facts_marking import both_families
 
 POLICY = policy_text({"members": MEMBERS})
@@ -119,6 +121,12 @@ def test_an_address_that_came_and_went_is_followed(admin: Admin) -> None:
             id="multipath",
         ),
         pytest.param(
+            "route delete default\nroute add default nexthop via 203.0.113.1 dev wan weight 3 "
+            "nexthop via 192.0.2.129 dev vpn0 weight 1",
+            ["default via 203.0.113.1 dev wan src 203.0.113.2 metric 1024"],
+            id="multipath-one-on-the-link",
+        ),
+        pytest.param(
             "route delete default\nroute add default dev wan",
             ["default dev wan scope 253 src 203.0.113.2 metric 1024"],
             id="point-to-point",
@@ -165,6 +173,20 @@ def test_a_multipath_route_behind_the_gateway_is_good_for_all(admin: Admin) -> N
         assert [listed[n + 1] for n, word in enumerate(listed) if word == "via"] == ["10.9.0.5", "10.9.0.6"]
 
 
+def test_of_a_multipath_route_the_hop_behind_the_gateway(admin: Admin) -> None:
+    """Of a network by two hops with weights the one on a downstream link is in the tables; the next plan is empty."""
+    admin.host.ip(
+        *("route", "add", "10.50.0.0/16", "nexthop", "via", "10.9.0.5", "dev", "lan", "weight", "3"),
+        *("nexthop", "via", "203.0.113.1", "dev", "wan", "weight", "2"),
+    )
+    text = policy_text({"members": MEMBERS}, downstream=["lan"])
+    admin.apply(text)
+    assert admin.plan(text).text == ""
+    for table in ("4001", "4002"):
+        listed = admin.host.ip("-N", "route", "list", "10.50.0.0/16", "table", table)
+        assert listed.strip() == "10.50.0.0/16 via 10.9.0.5 dev lan proto 73"
+
+
 @both_families
 def test_an_address_on_lo_is_an_identity_s(gateway: Gateway, tmp_path: Path, family: str) -> None:
     """An own address that no link has but lo (VRRP, anycast) leaves by its identity's link."""
@@ -178,7 +200,9 @@ def test_an_address_on_lo_is_an_identity_s(gateway: Gateway, tmp_path: Path, fam
         assert not wan.packets(service)
 
 
-@pytest.mark.parametrize("name", ["wan.100", "fifteen-bytes-1", "ü.ñ", "a+b@c", "-x", "0", "any", "dev", "map"])
+@pytest.mark.parametrize(
+    "name", ["wan.100", "fifteen-bytes-1", "ü.ñ", "a+b@c", "-x", "0", "any", "dev", "map", "a;id", "$(id)"]
+)
 def test_a_link_may_have_any_name_that_the_kernel_takes(admin: Admin, name: str) -> None:
     """Dots, 15 bytes, other letters and words of nft's and ip's languages: apply, an empty plan, remove."""
     admin.host.ip("link", "set", "dev", "vpn0", "down")
@@ -196,6 +220,33 @@ def test_a_link_may_have_any_name_that_the_kernel_takes(admin: Admin, name: str)
     assert admin.counts()["id-inside-ipv4-transmit"].packets == 1
     admin.remove()
     assert admin.inventory() == before
+
+
+@pytest.mark.parametrize("name", ["a;id", "$(id)", "`id`", "a'b", "a|b", "a&b", "#", "$x", "<x>"])
+def test_a_link_s_name_is_no_command(admin: Admin, name: str) -> None:
+    """Whatever a shell makes of a link's name, the lines of routing.txt and of the plan's + lines run as they stand."""
+    for link, was in ((name, "vpn0"), (f"{name}1", "wan")):
+        admin.host.ip("link", "set", "dev", was, "down")
+        admin.host.ip("link", "set", "dev", was, "name", link)
+        admin.host.ip("link", "set", "dev", link, "up")
+        admin.host.sysctl(f"net/ipv4/conf/{link}/rp_filter", 1)
+    admin.host.ip("route", "add", "default", "via", ISP["ipv4"], "dev", f"{name}1")
+    admin.host.settle()
+    text = policy_text(
+        {"link": name, "addresses": [INSIDE["ipv4"]], "next_hop": [CORP["ipv4"]]},
+        {"link": f"{name}1", "addresses": [OUTSIDE["ipv4"]]},
+    )
+    policy = admin.write(text)
+    with reconcile.opened() as kernel:
+        files = render.files(desire(policy, facts.take(policy, kernel.rtnl, kernel.sysctls)))
+    plan = [line[2:] for line in admin.plan(text).text.splitlines() if line.startswith(("+ ip ", "+ sysctl "))]
+    assert any("net/ipv4/conf/" in line for line in plan)
+    for lines in (files[render.ROUTING].splitlines(), plan):
+        for line in lines:
+            admin.host.run(["sh", "-c", line])
+        admin.host.nft(files[render.RULESET])
+        assert admin.plan(text).text == ""
+        admin.remove()
 
 
 def test_a_tentative_address(admin: Admin) -> None:
@@ -243,6 +294,31 @@ def test_a_full_table_in_main_is_not_read(admin: Admin) -> None:
         assert admin.plan(POLICY).text == ""
     for text in texts:
         assert decoded[50_000, text] == decoded[0, text] < 20
+
+
+@dataclass
+class Overtaken(Nfnl):
+    """Somebody else commits to a table of theirs whenever ours is half read."""
+
+    host: Host
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def counts(self, name: str) -> dict[str, Count]:
+        self.host.nft("add table inet other\ndelete table inet other\n")
+        return super().counts(name)
+
+
+def test_somebody_else_commits_all_the_time(admin: Admin) -> None:
+    """Our table is read, and what differs is found, though a commit to another table comes into each reading of it."""
+    admin.apply(POLICY)
+    with reconcile.opened() as kernel, Overtaken(admin.host) as overtaken:
+        overtaken_kernel = replace(kernel, nfnl=overtaken)
+        assert reconcile.look(admin.write(POLICY), overtaken_kernel).plan.text == ""
+        admin.host.nft("delete element inet idmark sources-ipv4 { 10.9.0.0/24 }")
+        plan = reconcile.look(admin.write(POLICY), overtaken_kernel).plan
+        assert plan.text == "+ nft add element inet idmark sources-ipv4 { 10.9.0.0/24 : goto id-inside }\n"
 
 
 def test_a_large_set_of_another_table_is_not_ours_to_read(admin: Admin) -> None:

@@ -16,6 +16,9 @@ from tests.kernel.net import CHOST, INSIDE, ISP, LAN_GATEWAY, LAN_HOST, OUTSIDE,
 from tests.kernel.test_facts_marking import NEIGHBOUR_DISCOVERY, NFT, both_families, mss_of, strict
 
 POLICY = policy_text({"members": MEMBERS, "masquerade": True})
+#: Networks that O's provider routes to it, members of O; and one host of theirs.
+ROUTED = {"ipv4": "203.0.113.16/28", "ipv6": "2001:db8:2:1::/64"}
+ROUTED_HOST = {"ipv4": "203.0.113.17", "ipv6": "2001:db8:2:1::17"}
 #: IP header, ICMP header and the 8 bytes that an echo request of the test net carries.
 ECHO_BYTES = {"ipv4": 20 + 16, "ipv6": 40 + 16}
 
@@ -188,6 +191,19 @@ def translated_to_the_other(gateway: Gateway) -> None:
     """)
 
 
+def translated_to_a_member_of_the_other(gateway: Gateway) -> None:
+    """An operator's rule translates a member of I to an address that O's provider routes here."""
+    gateway.gw.nft(f"""
+        table inet neighbour {{
+            chain postrouting {{
+                type nat hook postrouting priority srcnat; policy accept;
+                ip saddr {LAN_HOST["ipv4"]} snat ip to {ROUTED_HOST["ipv4"]}
+                ip6 saddr {LAN_HOST["ipv6"]} snat ip6 to {ROUTED_HOST["ipv6"]}
+            }}
+        }}
+    """)
+
+
 @both_families
 @pytest.mark.parametrize("enforce", [True, False], ids=["enforced", "counted-only"])
 @pytest.mark.parametrize(
@@ -197,6 +213,9 @@ def translated_to_the_other(gateway: Gateway) -> None:
         pytest.param(sent_astray_by_a_rule, MEMBERS, "lan", WILD, "inside", id="foreign-rule-member"),
         pytest.param(robbed_of_its_mark, MEMBERS, "lan", WILD, "inside", id="mark-wiped"),
         pytest.param(translated_to_the_other, [], "lan", CHOST, "outside", id="translated"),
+        pytest.param(
+            translated_to_a_member_of_the_other, MEMBERS, "lan", CHOST, "outside", id="translated-to-a-member"
+        ),
     ],
 )
 def test_the_misrouted_are_counted_and_dropped(
@@ -213,7 +232,8 @@ def test_the_misrouted_are_counted_and_dropped(
 ) -> None:
     """A packet about to leave by a foreign link is counted and dropped; with enforce = false it is counted and goes."""
     trouble(gateway)
-    admin.apply(policy_text({"members": members}, kernel={"enforce": enforce}))
+    others = {"members": [*ROUTED.values()]}
+    admin.apply(policy_text({"members": members}, others, kernel={"enforce": enforce}))
     host: Host = getattr(gateway, sender)
     far = gateway.isp if destination is WILD else gateway.corp
     with far.sniff("gw") as arriving:
@@ -277,6 +297,40 @@ def test_a_mark_that_arrives_is_not_trusted(gateway: Gateway, admin: Admin, fami
         gateway.lan.send(WILD[family])
         assert len(wanted.packets(LAN_HOST[family], WILD[family])) == 1
         assert not unwanted.packets(LAN_HOST[family])
+
+
+@both_families
+def test_a_mark_of_nobody_is_nobody_s(gateway: Gateway, admin: Admin, family: str) -> None:
+    """SO_MARK with bits of ours that are no identity's: the packet of nobody's source passes, and is not counted."""
+    source, length = {"ipv4": ("203.0.113.77", 24), "ipv6": ("2001:db8:2::77", 64)}[family]
+    gateway.gw.ip("address", "add", f"{source}/{length}", "dev", "wan")
+    gateway.gw.settle()
+    gateway.isp.nft(f"add element inet bcp38 own{family[-1]} {{ {source} }}")
+    admin.apply(policy_text(None, {"addresses": [*OUTSIDE.values()]}))
+    assert gateway.gw.ping(WILD[family], source)
+    before = admin.counts()
+    for mark in (0x20000000, 0x6D6F6C65):
+        assert gateway.gw.ping(WILD[family], source, mark=mark)
+    assert counted(admin, before) == {}
+
+
+@both_families
+def test_a_neighbour_s_bit_among_ours_kills_no_packet(gateway: Gateway, admin: Admin, family: str) -> None:
+    """A member whose mark a neighbour turned into nobody's is judged by its source: it leaves by its link, counted."""
+    gateway.gw.nft("""
+        table inet neighbour {
+            chain forward {
+                type filter hook forward priority 0; policy accept;
+                iifname lan meta mark set meta mark or 0x20000000
+            }
+        }
+    """)
+    admin.apply(policy_text({"members": MEMBERS}))
+    before = admin.counts()
+    with gateway.corp.sniff("gw") as vpn0:
+        gateway.lan.send(WILD[family])
+        assert len(vpn0.packets(LAN_HOST[family], WILD[family])) == 1
+    assert counted(admin, before)[f"id-inside-{family}-transmit"].packets >= 1
 
 
 @both_families
@@ -366,6 +420,31 @@ def test_forwarded_ports_answer_from_both_sides(
     with gateway.lan.listen(LAN_HOST[family], 80):
         for client in (gateway.wild, gateway.chost):
             client.connect(addressed[family], 80, timeout=0.5).close()
+    assert foreign(gateway, family) == 0
+
+
+@both_families
+@pytest.mark.parametrize("enforce", [True, False], ids=["enforced", "counted-only"])
+def test_a_member_s_translated_address_answers_by_its_own_link(
+    gateway: Gateway, admin: Admin, *, family: str, enforce: bool
+) -> None:
+    """What was asked of an address of O's members, translated to a member of I, is answered by O's link and counted."""
+    gateway.isp.nft(f"add element inet bcp38 own{family[-1]} {{ {ROUTED[family]} }}")
+    gateway.isp.ip("route", "add", ROUTED[family], "via", OUTSIDE[family])
+    gateway.gw.nft(f"""
+        table inet operator {{
+            chain prerouting {{
+                type nat hook prerouting priority dstnat; policy accept;
+                {NFT[family]} daddr {ROUTED_HOST[family]} dnat {NFT[family]} to {LAN_HOST[family]}
+            }}
+        }}
+    """)
+    admin.apply(policy_text({"members": MEMBERS}, {"members": [*ROUTED.values()]}, kernel={"enforce": enforce}))
+    assert gateway.wild.ping(ROUTED_HOST[family])
+    before = admin.counts()
+    assert gateway.wild.ping(ROUTED_HOST[family], count=5)
+    five = Count(5, 5 * ECHO_BYTES[family])
+    assert counted(admin, before) == {f"id-outside-{family}-{way}": five for way in ("transmit", "receive")}
     assert foreign(gateway, family) == 0
 
 

@@ -192,6 +192,27 @@ def test_a_strange_rule_under_our_number_goes(admin: Admin, family: str, rule: s
     assert admin.inventory() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "source", "twin"),
+    [
+        pytest.param("-4", "10.0.0.1/24", "10.0.0.2/24", id="ipv4"),
+        pytest.param("-6", "2001:db8::1/64", "2001:db8::2/64", id="ipv6"),
+    ],
+)
+def test_a_rule_with_host_bits_goes_alone(admin: Admin, option: str, source: str, twin: str) -> None:
+    """A rule under our number whose source has host bits is deleted exactly, and no twin of somebody else's."""
+    rule = ("rule", "add", "priority", "3999", "lookup", "100", "from")
+    for foreign in (source, twin):
+        admin.host.ip(option, *rule, foreign, "protocol", "static")
+    before = admin.inventory()
+    admin.host.ip(option, *rule, source, "protocol", "73")
+    (line,) = admin.plan(POLICY).text.splitlines()
+    assert line.startswith("- ip ")
+    assert source.partition("/")[0] in line
+    admin.apply(POLICY)
+    assert admin.inventory() == before
+
+
 @pytest.mark.xfail(strict=True, reason="the kernel deletes the first rule that has what was named, and 0 names nothing")
 def test_a_rule_that_names_no_mark_goes_alone(admin: Admin) -> None:
     """A rule for mark 0 at our priority, to our table, goes without taking ours along."""
@@ -201,9 +222,75 @@ def test_a_rule_that_names_no_mark_goes_alone(admin: Admin) -> None:
     assert admin.inventory() == before
 
 
+#: Sets that are none of ours, of kinds that we have none of.
+STRANGE_SETS = [
+    pytest.param("set inet idmark stranger { type ipv4_addr; }", id="addresses"),
+    pytest.param(
+        "set inet idmark stranger { type ether_addr; flags interval; "
+        "elements = { 00:01:02:03:04:05-00:01:02:03:04:09 }; }",
+        id="interval-of-other-keys",
+    ),
+    pytest.param(
+        "set inet idmark stranger { type ipv4_addr . inet_service; flags interval; "
+        "elements = { 10.0.0.0/8 . 1-100 }; }",
+        id="interval-of-several-keys",
+    ),
+    pytest.param(
+        "map inet idmark stranger { type ipv4_addr : inet_service; elements = { 10.0.0.1 : 1, * : 2 }; }", id="data"
+    ),
+    pytest.param("map inet idmark stranger { type ipv4_addr : verdict; elements = { * : drop }; }", id="catch-all"),
+    pytest.param(
+        "map inet idmark stranger { type ipv6_addr : verdict; flags interval; elements = { * : drop }; }",
+        id="catch-all-of-intervals",
+    ),
+]
+
+
+@pytest.mark.parametrize("definition", STRANGE_SETS)
+def test_a_strange_set_in_our_table_goes(admin: Admin, definition: str) -> None:
+    """Whatever set somebody puts into our table, the plan says that it goes, and apply takes it and nothing else."""
+    before, counts = ordered(admin.inventory()), admin.counts()
+    admin.host.nft(f"add {definition}")
+    keyword = definition.partition(" ")[0]
+    assert f"- nft delete {keyword} inet idmark stranger" in admin.plan(POLICY).text.splitlines()
+    admin.apply(POLICY)
+    assert ordered(admin.inventory()) == before
+    assert admin.counts() == counts
+
+
+@pytest.mark.parametrize("definition", STRANGE_SETS)
+def test_a_strange_set_is_no_obstacle_to_remove(admin: Admin, definition: str) -> None:
+    """Whatever set is in our table, `remove` takes it along."""
+    admin.host.nft(f"add {definition}")
+    admin.remove()
+    assert "idmark" not in admin.host.run(["nft", "list", "ruleset"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("marks", "", id="set"),
+        pytest.param("own-link", "", id="set-of-several-keys"),
+        pytest.param("transmit-ipv4", ' : "id-inside-ipv4-transmit"', id="map-of-counters"),
+    ],
+)
+def test_an_element_for_all_others_goes(admin: Admin, name: str, value: str) -> None:
+    """A catch-all element in a set of ours, which makes every link everybody's own, is the whole plan, and goes."""
+    before = ordered(admin.inventory())
+    admin.host.nft(f"add element inet idmark {name} {{ *{value} }}")
+    assert admin.plan(POLICY).text == f"- nft delete element inet idmark {name} {{ * }}\n"
+    admin.apply(POLICY)
+    assert ordered(admin.inventory()) == before
+
+
 @pytest.mark.parametrize(
     "alteration",
     [
+        pytest.param("nft add table inet idmark { flags dormant; }", id="dormant"),
+        pytest.param("nft chain inet idmark postrouting { policy drop; }", id="policy-drop"),
+        pytest.param(
+            "nft chain inet idmark prerouting { policy drop; }\nnft add table inet idmark { flags dormant; }", id="both"
+        ),
         pytest.param("nft flush chain inet idmark prerouting", id="chain-flushed"),
         pytest.param("nft flush chain inet idmark id-inside", id="identity-chain-flushed"),
         pytest.param("nft insert rule inet idmark postrouting accept", id="foreign-rule-first"),
@@ -215,7 +302,6 @@ def test_a_rule_that_names_no_mark_goes_alone(admin: Admin) -> None:
             "nft flush chain inet idmark postrouting\nnft delete map inet idmark transmit-ipv4", id="map-deleted"
         ),
         pytest.param("nft add chain inet idmark stranger", id="foreign-chain"),
-        pytest.param("nft add set inet idmark stranger { type ipv4_addr; }", id="foreign-set"),
     ],
 )
 def test_an_altered_table_is_put_right_and_counts_on(admin: Admin, alteration: str) -> None:

@@ -73,6 +73,12 @@ def test_elements(name: str, held: list[str]) -> None:
     assert elements(table_of(), name) == held
 
 
+def test_sources_are_intervals() -> None:
+    """Only the maps of sources hold intervals: all others are hashes, which neighbours' changes don't slow down."""
+    intervals = {item.name: item.type for item in table_of().sets if item.interval}
+    assert intervals == {f"sources-{family}": (f"{family}_addr", "verdict", True) for family in Family}
+
+
 def test_shared_link_is_there_once() -> None:
     """A link of two identities is one element of the links, and one of each identity's own."""
     one = identity("one", 1, "wan", addresses=["203.0.113.2"], next_hop=["203.0.113.1"])
