@@ -251,12 +251,6 @@ def test_policy_changed() -> None:
     assert "add chain inet idmark output { type route hook output priority -145; policy accept; }" in commands
 
 
-def test_dormant() -> None:
-    """A table that somebody put to sleep differs in no rule: to wake it up is a transaction of its own, the plan's."""
-    wanted = table_of()
-    assert transaction(wanted, replace(read_back(wanted), dormant=True)) == ()
-
-
 def test_rules_anew() -> None:
     """Rules are put in anew when that is asked for, though nothing differs."""
     wanted = table_of()

@@ -86,6 +86,9 @@ def _loaded(name: str, commands: tuple[str, ...], now: Observed, wanted: Desired
             return replace(now, table=None)
         assert name in now.other_tables, f"ENOENT: table {name}"
         return replace(now, other_tables=tuple(item for item in now.other_tables if item != name))
+    if commands == (f"add table inet {name}",):
+        assert now.table, f"nothing to wake: table {name}"
+        return replace(now, table=replace(now.table, dormant=False))
     if all(command.startswith("insert rule ") for command in commands):
         assert now.table, f"ENOENT: table {name}"
         assert now.table.name == name
@@ -211,8 +214,8 @@ def place(step: Step) -> int:
         case AddRule():
             return 2
         case Load(_, commands):
-            # What closes an identity for a while comes before its roads are touched.
-            return 0 if commands[0].startswith("insert rule ") else 3
+            # What wakes a table, or closes an identity for a while, comes before roads are touched.
+            return 0 if commands[0].startswith(("insert rule ", "add table ")) else 3
         case DeleteRule():
             return 4
         case DeleteRoute():
@@ -497,6 +500,11 @@ def _without(routes: frozenset[Route], words: str) -> frozenset[Route]:
             replace(IN_FORCE, routes=IN_FORCE.routes | {route("0.0.0.0/0 via 203.0.113.9 dev wan metric 1024", 4002)}),
             "- ip route delete default via 203.0.113.9 dev wan table 4002 metric 1024 protocol 73\n",
             id="a-second-route-with-the-key-of-ours",
+        ),
+        pytest.param(
+            replace(IN_FORCE, table=replace(read_back(ruleset.table(BOTH)), dormant=True)),
+            "+ nft add table inet idmark\n",
+            id="table-asleep",
         ),
         pytest.param(
             replace(IN_FORCE, other_tables=("idmark_old",)), "- nft delete table inet idmark_old\n", id="table-renamed"

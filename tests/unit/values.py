@@ -370,7 +370,11 @@ def observations(draw: st.DrawFn, desired: Desired, before: Desired) -> Observed
     return Observed(
         routes=frozenset({item.key: item for item in (*routes, *blackholes)}.values()),
         rules=tuple(draw(st.lists(st.sampled_from(rules), max_size=12))),
-        table=replace(read_back(table), name=desired.policy.kernel.nft_table) if table else None,
+        table=(
+            replace(read_back(table), name=desired.policy.kernel.nft_table, dormant=draw(st.booleans()))
+            if table
+            else None
+        ),
         other_tables=draw(st.sampled_from([(), ("idmark_old",)])),
         src_valid_mark=draw(_link_sets),
         src_valid_mark_ours=draw(_link_sets),
