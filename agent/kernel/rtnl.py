@@ -215,11 +215,12 @@ class Rtnl:
         self._change_route("del", route)
 
     def add_rule(self, rule: Rule) -> None:
-        self._change_rule("add", rule)
+        """Add a rule; one that is there already, of our protocol number, is fine."""
+        self._change_rule("add", rule, frozenset({errno.EEXIST}))
 
     def delete_rule(self, rule: Rule) -> None:
         """Delete a rule; one that is gone already is fine."""
-        self._change_rule("del", rule)
+        self._change_rule("del", rule, GONE)
 
     def _change_route(self, verb: str, route: Route) -> None:
         request: dict[str, Any] = {
@@ -248,7 +249,7 @@ class Rtnl:
                 ]
             self._ipr.route(verb, **request)
 
-    def _change_rule(self, verb: str, rule: Rule) -> None:
+    def _change_rule(self, verb: str, rule: Rule, fine: frozenset[int]) -> None:
         request: dict[str, Any] = {
             "family": rule.family.number,
             "priority": rule.priority,
@@ -260,7 +261,7 @@ class Rtnl:
         if rule.source:
             request |= {"src": str(rule.source).partition("/")[0], "src_len": rule.source.length}
         request |= {name: _thaw(value) for name, value in rule.extra}
-        with _asking(f"{rule.family.ip} rule {verb} {rule}", GONE if verb == "del" else frozenset()):
+        with _asking(f"{rule.family.ip} rule {verb} {rule}", fine):
             self._ipr.rule(verb, **request)
 
     # --- conversions ---

@@ -567,6 +567,16 @@ def test_digest() -> None:
     assert some.digest != plan(BOTH, replace(IN_FORCE, table=None)).digest
 
 
+def test_foreign_route_in_our_table() -> None:
+    """Somebody else's route in a table of ours is noted, with its words, and no step touches it."""
+    observed = replace(IN_FORCE, foreign_routes=(route("10.66.0.0/16 dev lan metric 5", 4001),))
+    assert observed.notes == (
+        "table 4001 holds a route that is not idmark's, and packets may follow it: "
+        "10.66.0.0/16 dev lan table 4001 metric 5",
+    )
+    assert plan(BOTH, observed).steps == ()
+
+
 def test_removal_in_order() -> None:
     """Removal goes backwards: marks, rules, routes with the last ones at the end, sysctls."""
     observed = replace(IN_FORCE, other_tables=("idmark_old",), src_valid_mark_ours=frozenset({"vpn0"}))
