@@ -46,15 +46,20 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, _stop)
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
+        if sys.stdout:  # closed by whoever started us: then there is nobody to read either
+            sys.stdout.flush()
+    except (KeyboardInterrupt, _Stopped) as error:
+        ended_by = error.number if isinstance(error, _Stopped) else int(signal.SIGINT)
+        _trouble([f"idmark: {args.verb}: interrupted; idmark plan tells what is in force"])
+        return 128 + ended_by
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return TROUBLE
     except IdmarkError as error:
         return _trouble(error.lines())
+    except OSError as error:
+        return _trouble([f"idmark: {args.verb}: write the output: {error.strerror}"])
     except Exception as error:
         # A fault of ours; no traceback ever reaches an operator.
         return _trouble([f"idmark: internal error, please report it: {type(error).__name__}: {error}"])
@@ -67,8 +72,15 @@ def _trouble(lines: Iterable[str]) -> int:
     return TROUBLE
 
 
-def _stop(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
+class _Stopped(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped(number)
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -118,10 +130,10 @@ def render(args: argparse.Namespace) -> int:
         return OK
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (args.output / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"write {error.filename}: {error.strerror}") from error
+        raise UsageError(f"write {args.output}: {error.strerror}") from error
+    for name, text in files.items():
+        _write(args.output / name, text)
     print("\n".join(str(args.output / name) for name in files))
     return OK
 
@@ -162,16 +174,16 @@ def apply(args: argparse.Namespace) -> int:
     policy = _policy(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
         seen = reconcile.look(policy, kernel)
-        if args.expect and args.expect.lower() != seen.plan.digest:
+        if args.expect is not None and args.expect.lower() != seen.plan.digest:
             print(seen.plan.text, end="")
-            _complain(f"the plan is {seen.plan.digest}, not {args.expect} as expected; nothing was changed")
+            _complain(f"the plan is {seen.plan.digest}, not {args.expect!r} as expected; nothing was changed")
             return DIFFERS
         _notes(seen.notes)
         left, changes = seen.plan, 0
         # A plan that was approved is applied once: what would come after it was not approved.
-        for _attempt in range(1 if args.expect else PASSES):
+        for _attempt in range(1 if args.expect is not None else PASSES):
             reconcile.apply(left, kernel)
-            changes += len(left.text.splitlines())
+            changes += len(left.steps)
             left = reconcile.look(policy, kernel).plan
             if not left.steps:
                 break
@@ -179,7 +191,8 @@ def apply(args: argparse.Namespace) -> int:
         print(left.text, end="")
         _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
         return TROUBLE
-    print(f"in force: {changes} changes, plan {seen.plan.digest}" if changes else "in force: nothing to do")
+    many = "change" if changes == 1 else "changes"
+    print(f"in force: {changes} {many}, plan {seen.plan.digest}" if changes else "in force: nothing to do")
     return OK
 
 
@@ -233,9 +246,11 @@ def _address(text: str) -> Address:
 
 
 def _asker(kernel: Seams) -> Callable[[Packet, int], Answer]:
+    from agent.proof import hop_text  # noqa: PLC0415
+
     def ask(packet: Packet, fwmark: int) -> Answer:
         found = kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
-        return found.table, found.link, found.error or ""
+        return found.table, hop_text(found.link, found.via), found.error or ""
 
     return ask
 
@@ -304,6 +319,17 @@ def _host_faults(faults: tuple[str, ...]) -> None:
         raise HostError(faults)
 
 
+def _write(path: Path, text: str) -> None:
+    """Put a file in the place of the old one: a full disk leaves the old one whole."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UsageError(f"write {path}: {error.strerror}") from error
+
+
 def _content(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -331,7 +357,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="idmark",
         description="Everything from an address inside the VPN over the VPN, everything from the address outside over "
         "the regular link, whatever the destination.",
-        epilog="Exit codes: 0 in force or nothing found, 1 differs or something found, 2 trouble.",
+        epilog="Exit codes: 0 in force or nothing found, 1 differs or something found, 2 trouble; "
+        "128 and the number of the signal that ended it.",
     )
     parser.add_argument("--version", action="version", version=f"idmark {_version()}")
     parser.add_argument(

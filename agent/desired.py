@@ -272,7 +272,7 @@ def downstream_routes(policy: Policy, facts: Facts, family: Family) -> Iterator[
         return
     for route in facts.routes:
         hops = _hops_on(route, set(policy.downstream))
-        if route.family is family and route.destination.length and hops and not _link_local(route):
+        if route.family is family and route.destination.length and hops and not _link_local(route) and not route.tos:
             yield replace(route, hops=hops)
 
 

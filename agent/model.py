@@ -229,15 +229,16 @@ class Route:
     kind: str = "unicast"
     metric: int = 0
     source: Address | None = None
+    tos: int = 0
 
     @property
     def family(self) -> Family:
         return self.destination.family
 
     @property
-    def key(self) -> tuple[Prefix, int, int]:
+    def key(self) -> tuple[Prefix, int, int, int]:
         """What the kernel tells routes apart by; a second route with the same key replaces the first."""
-        return (self.destination, self.table, self.metric)
+        return (self.destination, self.table, self.metric, self.tos)
 
     @property
     def words(self) -> str:
@@ -253,6 +254,8 @@ class Route:
         words.append(f"table {self.table}")
         if self.metric:
             words.append(f"metric {self.metric}")
+        if self.tos:
+            words.append(f"tos {self.tos:#x}")
         if self.source:
             words.append(f"src {self.source}")
         words.append(f"protocol {PROTOCOL}")

@@ -43,7 +43,8 @@ class Explanation:
 
 #: linux/rtnetlink.h, RT_TABLE_LOCAL: the host's own addresses, looked up before any rule of ours.
 TABLE_LOCAL = 255
-#: What the kernel answers to a route lookup with a mark: (table, link) or the words of its refusal.
+#: What the kernel answers to a route lookup with a mark: table and hop, as ip-route(8) writes it without the `dev`
+#: ("vpn0", "wan via 203.0.113.1"), or the words of its refusal.
 Answer = tuple[int | None, str | None, str]
 Ask = Callable[[Packet, int], Answer]
 
@@ -79,7 +80,9 @@ def explain(
     matching = sorted(
         (r for r in mine if _matches(r, packet, identity.fwmark.value)), key=lambda r: r.fwmark is not None
     )
-    steps += [("rule", str(rule)) for rule in matching]
+    rules = tuple(rules)
+    there = {rule for rule, ours in rules if ours}
+    steps += [("rule", str(rule) if not rules or rule in there else f"NOT THERE: {rule}") for rule in matching]
     if not matching:
         steps.append(("rule", f"none: {family} is not {identity.name}'s own"))
     foreign = tuple(_foreign_first(rules, matching, packet, identity.fwmark.value))
@@ -180,7 +183,12 @@ def _agrees(route: Route | None, answer: Answer, table: int) -> bool:
         return answered_table != table
     if route.kind != "unicast":
         return bool(error)
-    return answered_table == table and link in {hop.link for hop in route.hops}
+    return answered_table == table and link in {hop_text(hop.link, hop.via) for hop in route.hops}
+
+
+def hop_text(link: str | None, via: Address | None) -> str | None:
+    """A hop as an answer has it."""
+    return f"{link} via {via}" if via else link
 
 
 def _verdict(agrees: bool | None, answer: Answer | None) -> list[tuple[str, str]]:

@@ -152,6 +152,9 @@ def remove(kernel: Seams) -> Plan:
     """Take away all that is ours, and say what that was; it needs no policy. Raises KernelError or ApplyError."""
     taken = removal(observe(kernel, model.Kernel().nft_table, Facts()))
     apply(taken, kernel)
+    left = removal(observe(kernel, model.Kernel().nft_table, Facts()))
+    if left.steps:
+        raise ApplyError(f"remove: this is there still, or again:\n{left.text.rstrip()}")
     return taken
 
 

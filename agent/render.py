@@ -31,7 +31,7 @@ def routing_text(desired: Desired) -> str:
     """Routes before rules: a rule whose table has no last route yet would let packets fall through to main."""
     lines = [f"# {line}".rstrip() for line in _header(desired)]
     lines += [
-        "# Run the lines as they stand, before the ruleset is loaded. Everything carries protocol 73, which is ours.",
+        "# Run the lines as they stand, once, before the ruleset is loaded. All of it has protocol 73, which is ours.",
     ]
     for standing in desired.standings:
         lines += ["", *_identity_lines(desired, standing)]

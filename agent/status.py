@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from agent.desired import Standing, Way
-from agent.model import Count, Link, Policy
+from agent.model import Count, Family, Link, Policy, Route, Rule
+from agent.plan import Load
 from agent.reconcile import Look
 from agent.ruleset import COUNTS, counter_name
 
@@ -38,7 +39,8 @@ def _identity(standing: Standing, look: Look, counts: Mapping[str, Count]) -> di
         "notes": list(standing.notes),
         "families": {
             way.family.value: {
-                "open": bool(way.hops),
+                "open": bool(way.hops) and _in_force(standing, way.family, look),
+                "in_force": _in_force(standing, way.family, look),
                 "way": _way(way),
                 "counters": {
                     count: _counter(counts.get(counter_name(identity.name, way.family, count))) for count in COUNTS
@@ -47,6 +49,23 @@ def _identity(standing: Standing, look: Look, counts: Mapping[str, Count]) -> di
             for way in standing.ways
         },
     }
+
+
+def _in_force(standing: Standing, family: Family, look: Look) -> bool:
+    """Whether the kernel has this identity's routes and rules of a family, and no others of ours, and the marks."""
+    table = standing.identity.table
+
+    def mine(routes: Iterable[Route]) -> set[Route]:
+        return {route for route in routes if (route.table, route.family) == (table, family)}
+
+    def my_rules(rules: Iterable[Rule]) -> set[Rule]:
+        return {rule for rule in rules if (rule.table, rule.family) == (table, family)}
+
+    return (
+        mine(look.desired.routes) == mine(look.observed.routes)
+        and my_rules(look.desired.rules) == my_rules(look.observed.rules)
+        and not any(isinstance(step, Load) for step in look.plan.steps)
+    )
 
 
 def link_state(link: Link | None) -> str:
@@ -78,7 +97,8 @@ def text(status: Mapping[str, Any]) -> Iterator[str]:
         if identity["members"]:
             yield f"  members    {identity['members']} prefixes"
         for family, state in identity["families"].items():
-            yield f"  {family:<9}  {'open, ' if state['open'] else 'CLOSED, '}{state['way']}"
+            now = ("open, " if state["open"] else "CLOSED, ") if state["in_force"] else "NOT IN FORCE, wanted: "
+            yield f"  {family:<9}  {now}{state['way']}"
         yield from (f"  note       {note}" for note in identity["notes"])
         yield from _counter_lines(identity["families"])
 

@@ -49,7 +49,7 @@ RTA_GATEWAY = 5
 
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_TENTATIVE = 0x40
-RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
 RTM_F_LOOKUP_TABLE = 0x1000
@@ -123,7 +123,7 @@ class Rtnl:
         request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
         links = [
             Link(
-                name=message.get_attr("IFLA_IFNAME"),
+                name=_link_name(message.get_attr("IFLA_IFNAME")),
                 index=message["index"],
                 up=bool(message["flags"] & IFF_UP),
                 carrier=bool(message["flags"] & IFF_LOWER_UP),
@@ -147,7 +147,11 @@ class Rtnl:
         index = self._index(link) if link else 0
         wanted = _NEAR[family] if near else None
         messages = self._dump_routes(family, table=TABLE_MAIN, link=index, protocol=protocol, wanted=wanted)
-        return tuple(self._to_route(message) for message in messages if message["type"] == RTN_UNICAST)
+        return tuple(
+            self._to_route(message)
+            for message in messages
+            if message["type"] == RTN_UNICAST and message["proto"] != PROTOCOL
+        )
 
     def our_routes(self) -> frozenset[Route]:
         """The routes of our protocol number, whatever the table."""
@@ -234,13 +238,22 @@ class Rtnl:
             request["dst"] = f"{route.destination}/{route.family.bits}"
         if route.metric:
             request["priority"] = route.metric
+        if route.tos:
+            request["tos"] = route.tos
+        if verb == "del":
+            # By its key and protocol alone: what somebody made under our number may have hops that we don't model.
+            if route.family is Family.IPV4:
+                request["scope"] = RT_SCOPE_NOWHERE
+            with _asking(f"{route.family.ip} route {verb} {route}", GONE):
+                self._ipr.route(verb, **request)
+            return
         if route.source:
             request["prefsrc"] = str(route.source)
         if route.family is Family.IPV4 and route.kind == "unicast":
             # A gateway is looked for among routes of a narrower scope only (net/ipv4/fib_semantics.c, fib_check_nh).
             direct = all(hop.via is None for hop in route.hops)
             request["scope"] = RT_SCOPE_LINK if direct else RT_SCOPE_UNIVERSE
-        with _asking(f"{route.family.ip} route {verb} {route}", GONE if verb == "del" else frozenset()):
+        with _asking(f"{route.family.ip} route {verb} {route}"):
             if len(route.hops) == 1:
                 request |= self._from_hop(route.hops[0], route.family)
             elif route.hops:
@@ -296,6 +309,7 @@ class Rtnl:
             kind=kind,
             metric=message.get_attr("RTA_PRIORITY") or 0,
             source=ip_address(source) if source else None,
+            tos=message["tos"],
         )
 
     def _to_hops(self, message: Message) -> tuple[Hop, ...]:
@@ -386,6 +400,11 @@ def _near_ipv6(data: bytes, offset: int) -> bool:
 
 
 _NEAR: dict[Family, Wanted] = {Family.IPV4: _near_ipv4, Family.IPV6: _near_ipv6}
+
+
+def _link_name(name: str | bytes) -> str:
+    """The kernel allows any bytes in a name; pyroute2 leaves those undecoded that are not UTF-8."""
+    return name if isinstance(name, str) else os.fsdecode(name)
 
 
 def _table(message: Message) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent.kernel import KernelError, netns
@@ -16,16 +16,21 @@ from agent.kernel import KernelError, netns
 DEFAULT = Path("/run/idmark")
 #: How long a second apply waits for the first, in seconds.
 PATIENCE = 30.0
+#: What to do about a record that can't be read.
+REMEDY = "delete it, and see to src_valid_mark of the identities' links yourself"
 
 
 def directory() -> Path:
-    """The directory of the namespace of this thread, made if need be, for root's eyes only. Raises KernelError."""
-    path = Path(os.environ.get("RUNTIME_DIRECTORY") or DEFAULT) / f"netns-{netns.cookie()}"
+    """The directory of the namespace of this thread; it need not be there. Raises KernelError."""
+    return Path(os.environ.get("RUNTIME_DIRECTORY") or DEFAULT) / f"netns-{netns.cookie()}"
+
+
+def _make(path: Path) -> None:
+    """Make a directory for root's eyes only, if need be. Raises KernelError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise KernelError(f"make {path}", os.strerror(error.errno or 0)) from error
-    return path
 
 
 @contextmanager
@@ -36,43 +41,60 @@ def lock(what: str, patience: float = PATIENCE) -> Iterator[None]:
     The kernel drops the lock with the process, however it ends (flock(2)).
     """
     path = directory() / "lock"
+    _make(path.parent)
     try:
-        with path.open("a+", encoding="utf-8") as file:
-            deadline = time.monotonic() + patience
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        file.seek(0)
-                        holder = file.read().strip() or "another process"
-                        raise KernelError(f"lock {path}", f"it is held by {holder}") from None
-                    time.sleep(0.05)
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} (idmark {what})\n")
-            file.flush()
-            yield
-            file.truncate(0)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise KernelError(f"lock {path}", os.strerror(error.errno or 0)) from error
+    try:
+        deadline = time.monotonic() + patience
+        while not _locked(descriptor, path):
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                raise KernelError(f"lock {path}", f"it is held by {holder}")
+            time.sleep(0.05)
+        _tell_holder(descriptor, f"pid {os.getpid()} (idmark {what})\n")
+        yield
+        _tell_holder(descriptor, "")
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise KernelError(f"lock {path}", os.strerror(error.errno or 0)) from error
+    return True
+
+
+def _tell_holder(descriptor: int, text: str) -> None:
+    """For whoever waits; a full disk is no reason not to go on."""
+    with suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def read_record(path: Path) -> dict[str, int]:
-    """A record of name: number; empty while there is none. Raises KernelError for one that can't be read."""
+    """A record of name: number from 1; empty while there is none. Raises KernelError for one that can't be read."""
     try:
+        if not path.exists():
+            return {}
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise KernelError(f"read {path}", str(error)) from error
-    if not isinstance(record, dict) or not all(isinstance(value, int) for value in record.values()):
-        raise KernelError(f"read {path}", "it is not a record of names and numbers")
+    except (OSError, ValueError, RecursionError) as error:
+        raise KernelError(f"read {path}", f"{error}; {REMEDY}") from error
+    if not isinstance(record, dict) or not all(type(value) is int and 0 < value < 1 << 31 for value in record.values()):
+        raise KernelError(f"read {path}", f"it is not a record of links and their numbers; {REMEDY}")
     return record
 
 
 def write_record(path: Path, record: Mapping[str, int]) -> None:
     """Put a record in the place of the old one, in one step and on disk before this returns. Raises KernelError."""
+    _make(path.parent)
     new = path.with_suffix(".new")
     try:
         with new.open("w", encoding="utf-8") as file:

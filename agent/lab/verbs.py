@@ -19,8 +19,8 @@ def up(vpn: str, *, apply: bool) -> int:
         holder.up(vpn, apply=apply, report=report)
     screen.line("The lab is up. Try:", "bold")
     screen.line("  idmark lab shell gw                                 a shell on the gateway")
-    if not apply:
-        screen.line(f"  idmark lab shell gw -- idmark -c {holder.PLAY_POLICY} apply")
+    for verb in ("status",) if apply else ("plan", "apply"):
+        screen.line(f"  idmark lab shell gw -- idmark -c {holder.PLAY_POLICY} {verb}")
     screen.line("  idmark lab shell wild -- ping -c 3 192.0.2.130      from the wild side to I")
     screen.line("  idmark lab down")
     return 0

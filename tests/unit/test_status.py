@@ -27,7 +27,9 @@ COUNTED = {
 
 def looked(facts: Facts = GATEWAY, *, in_force: bool = True, written: Policy = BOTH) -> Look:
     desired = desire(written, facts)
-    return Look(facts, desired, Observed(), Plan(()) if in_force else plan(desired, Observed()))
+    if not in_force:
+        return Look(facts, desired, Observed(), plan(desired, Observed()))
+    return Look(facts, desired, Observed(routes=desired.routes, rules=tuple(desired.rules)), Plan(()))
 
 
 def reported(look: Look, counts: dict[str, Count] | None = None) -> dict[str, Any]:
@@ -115,6 +117,16 @@ def test_closed_for_a_person() -> None:
     ]
 
 
+def test_what_is_not_in_force_is_only_wanted() -> None:
+    """A family whose routes, rules or marks the kernel doesn't have is not told as open, though its way is known."""
+    look = looked()
+    lost = replace(look, observed=replace(look.observed, routes=frozenset()))
+    for unlike in (lost, looked(in_force=False)):
+        families = reported(unlike)["identities"][0]["families"]
+        assert {(state["open"], state["in_force"]) for state in families.values()} == {(False, False)}
+        assert "  ipv4       NOT IN FORCE, wanted: dev vpn0" in list(text(reported(unlike)))
+
+
 def test_notes_and_members_for_a_person() -> None:
     """An own address that is nowhere is noted; members are counted; no address is said to be none."""
     lines = list(text(reported(looked(host(LO, WAN)))))
@@ -127,7 +139,7 @@ def test_notes_and_members_for_a_person() -> None:
 @given(policies(), hosts())
 def test_always_told(written: Policy, facts: Facts) -> None:
     """Whatever the policy and the host, there is a status that JSON can hold and a text on lines of its own."""
-    look = looked(facts, in_force=False, written=written)
+    look = looked(facts, written=written)
     found = report(written, look, {})
     assert json.loads(json.dumps(found)) == found
     assert [item["name"] for item in found["identities"]] == [item.name for item in written.identities]
