@@ -196,5 +196,6 @@ def _verdict(agrees: bool | None, answer: Answer | None) -> list[tuple[str, str]
 
 
 def _words(answer: Answer) -> str:
-    table, link, error = answer
-    return error or f"dev {link} table {table}"
+    table, hop, error = answer
+    link, _, via = (hop or "").partition(" via ")
+    return error or f"{f'via {via} ' if via else ''}dev {link} table {table}"

@@ -15,7 +15,7 @@ import pytest
 from agent.kernel import KernelError, runtime
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
-from tests.kernel.net import INSIDE, OUTSIDE, WILD, Host
+from tests.kernel.net import INSIDE, ISP, OUTSIDE, WILD, Host
 
 POLICY = policy_text({"members": MEMBERS})
 DIGEST = "[0-9a-f]{64}"
@@ -41,7 +41,7 @@ def test_plan_apply_plan_remove(admin: Admin) -> None:
 
     apply = admin.idmark("apply", "--expect", digest)
     assert (apply.returncode, apply.stderr) == (0, "")
-    assert apply.stdout == f"in force: {len(steps)} changes, plan {digest}\n"
+    assert re.fullmatch(rf"in force: [1-9]\d* changes, plan {digest}\n", apply.stdout)
 
     plan = admin.idmark("plan")
     assert (plan.returncode, plan.stdout, plan.stderr) == (0, "# in force: nothing to do\n", "")
@@ -54,13 +54,15 @@ def test_plan_apply_plan_remove(admin: Admin) -> None:
     assert admin.idmark("remove").stdout == "nothing of idmark's is here\n"
 
 
-def test_an_unexpected_plan_is_refused(admin: Admin) -> None:
-    """apply --expect with another digest changes nothing, shows the plan, and says 1."""
+@pytest.mark.parametrize("digest", [pytest.param("0" * 64, id="another"), pytest.param("", id="an-unset-variable")])
+def test_an_unexpected_plan_is_refused(admin: Admin, digest: str) -> None:
+    """apply --expect with another digest, or with none at all, changes nothing, shows the plan, and says 1."""
     before = admin.inventory()
-    apply = admin.idmark("apply", "--expect", "0" * 64)
+    apply = admin.idmark("apply", "--expect", digest)
     assert apply.returncode == 1
     assert apply.stdout.startswith("+ ip route add ")
-    assert re.fullmatch(f"idmark: the plan is {DIGEST}, not 0{{64}} as expected; nothing was changed\n", apply.stderr)
+    refusal = f"idmark: the plan is {DIGEST}, not '{digest}' as expected; nothing was changed\n"
+    assert re.fullmatch(refusal, apply.stderr)
     assert admin.inventory() == before
 
 
@@ -145,7 +147,7 @@ def test_explain_asks_the_kernel(admin: Admin) -> None:
     admin.apply(POLICY)
     done = admin.idmark(*packet)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "agrees: dev vpn0 table 4001" in done.stdout
+    assert re.search(r"  kernel     agrees: (via \S+ )?dev vpn0 table 4001\n", done.stdout)
 
 
 def test_explain_names_the_foreign_rule(admin: Admin) -> None:
@@ -155,7 +157,73 @@ def test_explain_names_the_foreign_rule(admin: Admin) -> None:
     done = admin.idmark("explain", INSIDE["ipv4"], WILD["ipv4"])
     assert done.returncode == 1
     assert "a rule of somebody else's: priority 100 from 192.0.2.130 lookup 254" in done.stdout
-    assert "DISAGREES: dev wan table 254" in done.stdout
+    assert f"DISAGREES: via {ISP['ipv4']} dev wan table 254" in done.stdout
+
+
+def test_explain_compares_next_hop_and_rules(admin: Admin) -> None:
+    """A default by another gateway of the same link is no agreement, and a rule of ours that is gone is told."""
+    admin.apply(POLICY)
+    admin.host.ip(
+        *[
+            "route",
+            "replace",
+            "default",
+            "via",
+            "203.0.113.77",
+            "dev",
+            "wan",
+            "table",
+            "4002",
+            "metric",
+            "1024",
+            "protocol",
+            "73",
+        ]
+    )
+    admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+    done = admin.idmark("explain", OUTSIDE["ipv4"], WILD["ipv4"])
+    assert done.returncode == 1
+    assert "DISAGREES: via 203.0.113.77 dev wan table 4002" in done.stdout
+    assert f"NOT THERE: priority 4002 from {OUTSIDE['ipv4']} lookup 4002" in done.stdout
+    status = admin.idmark("status").stdout
+    assert f"ipv4       NOT IN FORCE, wanted: via {ISP['ipv4']} dev wan" in status
+
+
+def test_a_route_with_a_tos_goes_too(admin: Admin) -> None:
+    """A route under our number that says more than ours do is deleted like any other that is not wanted."""
+    admin.apply(POLICY)
+    for words in ("8.8.9.0/24 dev wan tos 0x10", "8.8.10.0/24 dev wan scope host"):
+        admin.host.ip("route", "add", *words.split(), "table", "4002", "protocol", "73")
+    assert admin.idmark("apply").returncode == 0
+    assert not admin.plan(POLICY).text
+
+
+def test_a_link_whose_name_is_no_text(admin: Admin) -> None:
+    """A link of somebody else's with a name that is not UTF-8 disturbs no verb."""
+    name = os.fsdecode(b"\xff\xfe")
+    admin.host.ip("link", "add", name, "type", "veth", "peer", "name", "other")
+    assert admin.idmark("apply").returncode == 0
+    assert admin.idmark("status").returncode == 0
+    assert admin.idmark("facts").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", '{"wan": -1}', '{"wan": true}', '{"wan": 99999999999999999999}', "[" * 100_000, "{"],
+    ids=["list", "negative", "boolean", "huge", "deep", "cut-short"],
+)
+def test_a_record_that_cannot_be_read(admin: Admin, record: str) -> None:
+    """What was recorded of sysctls and can't be read is told with its file and what to do about it."""
+    path = runtime.directory() / "src_valid_mark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record, encoding="utf-8")
+    try:
+        done = admin.idmark("plan")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"idmark: read {path}: ")
+        assert "delete it" in done.stderr
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize(
