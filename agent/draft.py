@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 #: The largest file that is read, policy or list: some three million prefixes.
 FILE_LIMIT = 64 << 20
+#: What of a list is quoted when it is no prefix. A policy may name any file, and what stands in a secret one is not for
+#: whoever reads the faults.
+HARMLESS = re.compile(r"[\w\s.,:;/%-]{1,50}", re.ASCII)
 #: A list that is wholly wrong (another format, say) is not told line by line.
 FAULTS_PER_LIST = 20
 
@@ -96,7 +100,7 @@ def _read_list(identity: str, file: str, text: str) -> Source:
         try:
             prefixes.append(parse_source(entry))
         except ValueError as error:
-            wrong.append((line, f"{plain(entry)} {error}"))
+            wrong.append((line, f"{plain(entry) if HARMLESS.fullmatch(entry) else 'this line'} {error}"))
         else:
             lines.append(line)
     source = Source(identity, "members", file, prefixes, lines)

@@ -163,23 +163,8 @@ def test_explain_names_the_foreign_rule(admin: Admin) -> None:
 def test_explain_compares_next_hop_and_rules(admin: Admin) -> None:
     """A default by another gateway of the same link is no agreement, and a rule of ours that is gone is told."""
     admin.apply(POLICY)
-    admin.host.ip(
-        *[
-            "route",
-            "replace",
-            "default",
-            "via",
-            "203.0.113.77",
-            "dev",
-            "wan",
-            "table",
-            "4002",
-            "metric",
-            "1024",
-            "protocol",
-            "73",
-        ]
-    )
+    words = "route replace default via 203.0.113.77 dev wan table 4002 metric 1024 protocol 73"
+    admin.host.ip(*words.split())
     admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
     done = admin.idmark("explain", OUTSIDE["ipv4"], WILD["ipv4"])
     assert done.returncode == 1

@@ -770,6 +770,11 @@ def test_policy_missing(tmp_path: Path) -> None:
             id="list-in-a-list",
         ),
         pytest.param(
+            "root:$6$salt$hash:19000:0:::\n",
+            ["lists/engineering.txt:1: identity.inside.members: this line is not a network"],
+            id="a-secret",
+        ),
+        pytest.param(
             "10.1.0.0/16\x0b10.2.0.0/16\n",
             [r'lists/engineering.txt:1: identity.inside.members: "10.1.0.0/16\u000b10.2.0.0/16" is not a network'],
             id="no-line-end",
