@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
-    from agent.model import Address, Policy
-    from agent.proof import Answer, Packet
+    from agent.model import Address, Lookup, Policy
+    from agent.proof import Ask, Packet
     from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
@@ -245,12 +245,9 @@ def _address(text: str) -> Address:
         raise UsageError(f"explain: {text} {error}") from error
 
 
-def _asker(kernel: Seams) -> Callable[[Packet, int], Answer]:
-    from agent.proof import hop_text  # noqa: PLC0415
-
-    def ask(packet: Packet, fwmark: int) -> Answer:
-        found = kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
-        return found.table, hop_text(found.link, found.via), found.error or ""
+def _asker(kernel: Seams) -> Ask:
+    def ask(packet: Packet, fwmark: int) -> Lookup:
+        return kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
 
     return ask
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from agent.model import (
@@ -92,23 +92,27 @@ def desire(policy: Policy, facts: Facts | None) -> Desired:
     faults: list[str] = []
     addresses = _addresses(policy, facts)
     standings = tuple(_standing(identity, addresses[identity.name], facts, faults) for identity in policy.identities)
-    sources = [
-        (prefix, standing.identity.name)
-        for standing in standings
-        for prefix in (*map(Prefix.host, standing.addresses), *standing.identity.members)
-    ]
     by_name = {standing.identity.name: standing for standing in standings}
     routes = [route for standing in standings for route in _routes(policy, standing, by_name, facts)]
     return Desired(
         policy=policy,
         standings=standings,
-        classes=classes(dict.fromkeys(sources)),
+        classes=classes(dict.fromkeys(sources_of(standings))),
         routes=frozenset({route.key: route for route in reversed(routes)}.values()),
         rules=frozenset(rule for standing in standings for rule in _rules(standing)),
         src_valid_mark=_src_valid_mark(policy, facts),
         host_known=facts is not None,
         faults=tuple(faults),
     )
+
+
+def sources_of(standings: Iterable[Standing]) -> list[tuple[Prefix, str]]:
+    """What speaks as whom: each identity's own addresses and members, with its name."""
+    return [
+        (prefix, standing.identity.name)
+        for standing in standings
+        for prefix in (*map(Prefix.host, standing.addresses), *standing.identity.members)
+    ]
 
 
 def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], bool]:

@@ -289,6 +289,21 @@ class Rule:
         return " ".join(words)
 
 
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The kernel's answer to "where would this packet go": a table and a link, or the error that the sender gets."""
+
+    table: int | None = None
+    link: str | None = None
+    via: Address | None = None
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error:
+            return self.error
+        return f"{f'via {self.via} ' if self.via else ''}dev {self.link} table {self.table}"
+
+
 # --- the nft table ---------------------------------------------------------------------------------------------------
 
 

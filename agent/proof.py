@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from agent.desired import Desired, Standing, downstream_routes
-from agent.model import METRIC_LAST, Address, Facts, Family, Prefix, Route, Rule
+from agent.desired import Desired, Standing, downstream_routes, sources_of
+from agent.model import METRIC_LAST, Address, Facts, Family, Lookup, Route, Rule
 from agent.prefixes import lookup
 
 
@@ -43,10 +43,8 @@ class Explanation:
 
 #: linux/rtnetlink.h, RT_TABLE_LOCAL: the host's own addresses, looked up before any rule of ours.
 TABLE_LOCAL = 255
-#: What the kernel answers to a route lookup with a mark: table and hop, as ip-route(8) writes it without the `dev`
-#: ("vpn0", "wan via 203.0.113.1"), or the words of its refusal.
-Answer = tuple[int | None, str | None, str]
-Ask = Callable[[Packet, int], Answer]
+#: Asks the kernel for the route of a packet with a mark.
+Ask = Callable[[Packet, int], Lookup]
 
 
 def explain(
@@ -64,7 +62,7 @@ def explain(
     if decision.standing is None:
         steps.append(("mark", "none: the host's other rules and tables decide"))
         answer = ask(packet, 0) if ask else None
-        steps += [("kernel", _words(answer))] if answer else []
+        steps += [("kernel", str(answer))] if answer else []
         return Explanation(packet, None, tuple(steps), None)
     identity = decision.standing.identity
     family = Family.of(packet.source)
@@ -73,7 +71,7 @@ def explain(
     if packet.destination in local:
         steps.append(("rule", "priority 0 from all lookup local: it is for this host"))
         answer = ask(packet, identity.fwmark.value) if ask else None
-        agrees = answer[0] == TABLE_LOCAL if answer else None
+        agrees = answer.table == TABLE_LOCAL if answer else None
         steps += _verdict(agrees, answer)
         return Explanation(packet, identity.name, tuple(steps), agrees)
     mine = [rule for rule in desired.rules if rule.table == identity.table and rule.family is family]
@@ -95,7 +93,7 @@ def explain(
     steps += _verdict(agrees, answer)
     if agrees is False and foreign:
         steps.append(("remedy", "move the rule that comes first behind ours, or ours before it (rule_priority)"))
-    elif agrees is False and answer and answer[0] == identity.table:
+    elif agrees is False and answer and answer.table == identity.table:
         steps.append(
             ("remedy", f"another route in table {identity.table} leads there: ip route show table {identity.table}")
         )
@@ -107,11 +105,7 @@ def explain(
 
 def decide(desired: Desired, packet: Packet) -> Decision:
     """As the chains do: on an identity's own link by the destination, everything else by the source."""
-    sources = [
-        (prefix, standing.identity.name)
-        for standing in desired.standings
-        for prefix in (*map(Prefix.host, standing.addresses), *standing.identity.members)
-    ]
+    sources = sources_of(desired.standings)
     by_name = {standing.identity.name: standing for standing in desired.standings}
     if packet.arriving:
         found = lookup(sources, packet.destination)
@@ -177,25 +171,13 @@ def _leaves(desired: Desired, standing: Standing, route: Route | None) -> str:
     return f"{links}, a road that when_down names" if not route.destination.length else f"{links}, behind this gateway"
 
 
-def _agrees(route: Route | None, answer: Answer, table: int) -> bool:
-    answered_table, link, error = answer
+def _agrees(route: Route | None, answer: Lookup, table: int) -> bool:
     if route is None:
-        return answered_table != table
+        return answer.table != table
     if route.kind != "unicast":
-        return bool(error)
-    return answered_table == table and link in {hop_text(hop.link, hop.via) for hop in route.hops}
+        return bool(answer.error)
+    return answer.table == table and (answer.link, answer.via) in {(hop.link, hop.via) for hop in route.hops}
 
 
-def hop_text(link: str | None, via: Address | None) -> str | None:
-    """A hop as an answer has it."""
-    return f"{link} via {via}" if via else link
-
-
-def _verdict(agrees: bool | None, answer: Answer | None) -> list[tuple[str, str]]:
-    return [] if answer is None else [("kernel", f"{'agrees' if agrees else 'DISAGREES'}: {_words(answer)}")]
-
-
-def _words(answer: Answer) -> str:
-    table, hop, error = answer
-    link, _, via = (hop or "").partition(" via ")
-    return error or f"{f'via {via} ' if via else ''}dev {link} table {table}"
+def _verdict(agrees: bool | None, answer: Lookup | None) -> list[tuple[str, str]]:
+    return [] if answer is None else [("kernel", f"{'agrees' if agrees else 'DISAGREES'}: {answer}")]

@@ -12,7 +12,6 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from types import TracebackType
 from typing import Any
@@ -36,6 +35,7 @@ from agent.model import (
     Hop,
     Link,
     LinkAddress,
+    Lookup,
     Prefix,
     Route,
     Rule,
@@ -70,21 +70,6 @@ SUPPRESS_NOTHING = 0xFFFFFFFF
 GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 Message = Any  # pyroute2's nlmsg: a dict of header fields, with get_attr()
-
-
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """The kernel's answer to "where would this packet go": a table and a link, or the error that the sender gets."""
-
-    table: int | None = None
-    link: str | None = None
-    via: Address | None = None
-    error: str | None = None
-
-    def __str__(self) -> str:
-        if self.error:
-            return self.error
-        return f"{f'via {self.via} ' if self.via else ''}dev {self.link} table {self.table}"
 
 
 class Rtnl:

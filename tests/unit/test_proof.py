@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.desired import Desired, desire
-from agent.model import Address, Facts, Family, Fwmark, Policy, Prefix, Rule
-from agent.proof import Answer, Explanation, Packet, arrival, decide, explain, route_of
+from agent.model import Address, Facts, Family, Fwmark, Lookup, Policy, Prefix, Rule
+from agent.proof import Explanation, Packet, arrival, decide, explain, route_of
 from tests.unit.values import (
     DEFAULTS,
     GATEWAY,
@@ -201,7 +201,7 @@ def test_local_destination() -> None:
 
 def test_no_identity() -> None:
     """A packet of no identity is left to the host, and there is nothing to agree to."""
-    steps = explained(packet("198.51.100.7", "198.51.100.10"), ask=lambda *_: (254, "wan", ""))
+    steps = explained(packet("198.51.100.7", "198.51.100.10"), ask=lambda *_: Lookup(254, "wan"))
     assert (steps.identity, steps.agrees) == (None, None)
     assert said(steps, "mark") == ["none: the host's other rules and tables decide"]
     assert said(steps, "kernel") == ["dev wan table 254"]
@@ -216,30 +216,31 @@ OPEN = desire(policy(replace(INSIDE, when_down="main")), host(LO))
 @pytest.mark.parametrize(
     ("desired", "answer", "agrees"),
     [
-        pytest.param(BOTH, (4001, "vpn0", ""), True, id="our-table-our-link"),
-        pytest.param(BOTH, (4001, "wan", ""), False, id="our-table-another-link"),
-        pytest.param(BOTH, (254, "vpn0", ""), False, id="another-table"),
-        pytest.param(BOTH, (None, None, "Network is unreachable"), False, id="refused"),
-        pytest.param(UNREACHABLE, (None, None, "Network is unreachable"), True, id="refused-as-wanted"),
-        pytest.param(UNREACHABLE, (254, "wan", ""), False, id="open-though-closed"),
-        pytest.param(OPEN, (254, "wan", ""), True, id="falls-through"),
-        pytest.param(OPEN, (4001, "wan", ""), False, id="a-route-nobody-wants"),
+        pytest.param(BOTH, Lookup(4001, "vpn0"), True, id="our-table-our-link"),
+        pytest.param(BOTH, Lookup(4001, "wan"), False, id="our-table-another-link"),
+        pytest.param(BOTH, Lookup(254, "vpn0"), False, id="another-table"),
+        pytest.param(BOTH, Lookup(error="Network is unreachable"), False, id="refused"),
+        pytest.param(UNREACHABLE, Lookup(error="Network is unreachable"), True, id="refused-as-wanted"),
+        pytest.param(UNREACHABLE, Lookup(254, "wan"), False, id="open-though-closed"),
+        pytest.param(OPEN, Lookup(254, "wan"), True, id="falls-through"),
+        pytest.param(OPEN, Lookup(4001, "wan"), False, id="a-route-nobody-wants"),
     ],
 )
-def test_agrees(desired: Desired, answer: Answer, agrees: bool) -> None:
+def test_agrees(desired: Desired, answer: Lookup, agrees: bool) -> None:
     """The kernel agrees when it answers with our table and link, or refuses what is closed."""
     steps = explained(packet("192.0.2.130", "198.51.100.10"), desired, ask=lambda *_: answer)
     assert steps.agrees is agrees
     (words,) = said(steps, "kernel")
-    assert words == f"{'agrees' if agrees else 'DISAGREES'}: {answer[2] or f'dev {answer[1]} table {answer[0]}'}"
+    expected = answer.error or f"dev {answer.link} table {answer.table}"
+    assert words == f"{'agrees' if agrees else 'DISAGREES'}: {expected}"
     assert bool(said(steps, "remedy")) == (not agrees)
 
 
 @pytest.mark.parametrize(
     ("answer", "agrees"),
-    [pytest.param((255, "lo", ""), True, id="local"), pytest.param((4001, "vpn0", ""), False, id="elsewhere")],
+    [pytest.param(Lookup(255, "lo"), True, id="local"), pytest.param(Lookup(4001, "vpn0"), False, id="elsewhere")],
 )
-def test_agrees_on_local(answer: Answer, agrees: bool) -> None:
+def test_agrees_on_local(answer: Lookup, agrees: bool) -> None:
     """For a packet to this host the kernel is to answer with table local."""
     assert explained(packet("10.9.0.5", "10.9.0.1", "lan"), ask=lambda *_: answer).agrees is agrees
 
@@ -248,9 +249,9 @@ def test_question() -> None:
     """The kernel is asked about this very packet with its identity's mark; one of no identity is asked without."""
     asked: list[tuple[Packet, int]] = []
 
-    def ask(sent: Packet, mark: int) -> Answer:
+    def ask(sent: Packet, mark: int) -> Lookup:
         asked.append((sent, mark))
-        return (4001, "vpn0", "")
+        return Lookup(4001, "vpn0")
 
     sent = [
         packet("10.9.0.5", "198.51.100.10", "lan"),
@@ -315,7 +316,7 @@ def test_foreign_rule_by_one_bit_of_ours() -> None:
 def test_remedy_for_a_foreign_rule() -> None:
     """When the kernel disagrees and a foreign rule comes first, that is the remedy."""
     steps = explained(
-        packet("192.0.2.130", "198.51.100.10"), rules=[(FOREIGN, False)], ask=lambda *_: (52, "tailscale0", "")
+        packet("192.0.2.130", "198.51.100.10"), rules=[(FOREIGN, False)], ask=lambda *_: Lookup(52, "tailscale0")
     )
     assert said(steps, "remedy") == ["move the rule that comes first behind ours, or ours before it (rule_priority)"]
 
