@@ -155,6 +155,22 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A health check that an identity sends by its own link: echo requests, or TCP connects where there is a `port`.
+
+    Every `every` seconds; `fail_after` that nobody answers, one after the other, and the identity counts as down.
+    """
+
+    target: Address
+    every: float
+    fail_after: int
+    port: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.target) if self.port is None else f"{self.target} port {self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """One identity of the policy. `addresses` is None for "auto"; `members` are sorted and each is there once."""
 
@@ -170,6 +186,8 @@ class Identity:
     when_down: str = UNREACHABLE
     masquerade: bool = False
     clamp_mss: bool = False
+    probe: Probe | None = None
+    flush_flows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +195,7 @@ class Policy:
     """A policy that passed the door. Identities are sorted by id; `downstream` is None for "auto".
 
     `digest` is the SHA-256 (hex) of what the policy means: comments, order and the spelling of lists don't change it.
-    `warnings` are faults that an operator should hear of and that refuse nothing.
+    `warnings` are faults that an operator should hear of and that refuse nothing; `files` is what it was read from.
     """
 
     gateway: str
@@ -186,6 +204,7 @@ class Policy:
     kernel: Kernel = field(default_factory=Kernel)
     digest: str = ""
     warnings: tuple[str, ...] = ()
+    files: tuple[str, ...] = field(default=(), compare=False)
 
     def identity(self, name: str) -> Identity:
         """The identity of that name. Raises KeyError."""
@@ -381,10 +400,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What a named counter holds."""
+    """What a named counter holds; another one of the same name, made later, has another `handle`."""
 
     packets: int = 0
     bytes: int = 0
+    handle: int = field(default=0, compare=False)
 
 
 # --- what only the host knows ----------------------------------------------------------------------------------------
@@ -392,12 +412,14 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """An address of a link with its prefix length; `scope_global` and `tentative` as in ip-address(8)."""
+    """An address of a link with its prefix length; the rest as in ip-address(8)."""
 
     address: Address
     length: int
     scope_global: bool = True
     tentative: bool = False
+    deprecated: bool = False
+    temporary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
