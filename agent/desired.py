@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
+from types import MappingProxyType
 
 from agent.model import (
+    GOTO,
     MAIN,
     METRIC_LAST,
+    NOP,
     UNREACHABLE,
     Address,
     Facts,
@@ -15,34 +19,46 @@ from agent.model import (
     Hop,
     Identity,
     Link,
+    LinkAddress,
     Policy,
     Prefix,
     Route,
     Rule,
     sorted_addresses,
 )
-from agent.prefixes import Span, classes
+from agent.prefixes import Span, classes, outermost
 
 #: Metric of an identity's own default route; the roads of `when_down` follow behind it in their order.
 METRIC_OWN = 1024
+#: So many prefixes of members, at most, are closed by a rule each while nobody marks their packets.
+GUARDED = 64
+#: The priority of the kernel's rule for table main.
+PRIORITY_MAIN = 32766
+#: No identity is down but by what the host shows.
+NOBODY: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
     """An identity's way out in one family: the hops of its default route, or why it has none now (`closed`).
 
-    `unknown` says in words what only the host knows, in a review without facts.
+    `unknown` says in words what only the host knows, in a review without facts. `probing` are the hops of a way that
+    is closed because nobody answers the identity's probe: by them the probe asks on, and nothing else goes.
     """
 
     family: Family
     hops: tuple[Hop, ...] = ()
     closed: str = ""
     unknown: str = ""
+    probing: tuple[Hop, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """An identity as its host has it now: own addresses, the families it has, its ways out, its link's MTU (bytes)."""
+    """An identity as its host has it now: own addresses, the families it has, its ways out, its link's MTU (bytes).
+
+    Of the own addresses of a family the first is the one to speak as by choice: packets that are translated do.
+    """
 
     identity: Identity
     addresses: tuple[Address, ...]
@@ -55,7 +71,7 @@ class Standing:
         return tuple(way.family for way in self.ways)
 
     def own(self, family: Family) -> tuple[Address, ...]:
-        """The own addresses of a family."""
+        """The own addresses of a family, the one to choose first."""
         return tuple(address for address in self.addresses if Family.of(address) is family)
 
     def way(self, family: Family) -> Way | None:
@@ -68,8 +84,8 @@ class Desired:
     """Everything that is to be in the kernel, and nothing of how to get there.
 
     `classes` are disjoint: nft's interval maps refuse overlaps. `src_valid_mark` are links. `faults` are what the
-    policy gets wrong about this host, each a sentence; with any of them nothing may be applied. Without `host_known`
-    this is a review's view: what only the host knows is not in it.
+    policy gets wrong about this host, each a sentence; the way that one is about is closed, and the rest is as it
+    should be. Without `host_known` this is a review's view: what only the host knows is not in it.
     """
 
     policy: Policy
@@ -87,11 +103,17 @@ class Desired:
         return tuple(note for standing in self.standings for note in standing_notes(standing))
 
 
-def desire(policy: Policy, facts: Facts | None) -> Desired:
-    """What the policy wants, given what its host has now; without facts, as much as a review can know."""
+def desire(policy: Policy, facts: Facts | None, down: Mapping[str, str] = NOBODY) -> Desired:
+    """What the policy wants, given what its host has now; without facts, as much as a review can know.
+
+    `down` names identities that count as down whatever the host shows, and says why in words that end a sentence.
+    """
     faults: list[str] = []
     addresses = _addresses(policy, facts)
-    standings = tuple(_standing(identity, addresses[identity.name], facts, faults) for identity in policy.identities)
+    standings = tuple(
+        _shut(_standing(identity, addresses[identity.name], facts, faults), down.get(identity.name))
+        for identity in policy.identities
+    )
     by_name = {standing.identity.name: standing for standing in standings}
     routes = [route for standing in standings for route in _routes(policy, standing, by_name, facts)]
     return Desired(
@@ -99,7 +121,7 @@ def desire(policy: Policy, facts: Facts | None) -> Desired:
         standings=standings,
         classes=classes(dict.fromkeys(sources_of(standings))),
         routes=frozenset({route.key: route for route in reversed(routes)}.values()),
-        rules=frozenset(rule for standing in standings for rule in _rules(standing)),
+        rules=frozenset((*(rule for standing in standings for rule in _rules(standing)), *_guards(policy))),
         src_valid_mark=_src_valid_mark(policy, facts),
         host_known=facts is not None,
         faults=tuple(faults),
@@ -124,6 +146,40 @@ def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], b
     return tuple(others), identity.when_down == MAIN
 
 
+def roads_changed(before: Desired, after: Desired) -> frozenset[str]:
+    """The identities, by name, whose packets take another road than before: other hops, also those of a detour, or
+    another address that members are translated to.
+
+    One that is closed now has no road that its connections could take: it is told when it opens again, whatever the
+    road was before.
+    """
+    return frozenset(
+        name
+        for (name, family), road in _roads(after).items()
+        if road and name in {identity.name for identity in before.policy.identities}
+        if road != _roads(before).get((name, family))
+    )
+
+
+def _roads(desired: Desired) -> dict[tuple[str, Family], tuple[object, ...]]:
+    """The road that each identity's packets take now: hops and the address to translate to; empty where closed."""
+    by_name = {standing.identity.name: standing for standing in desired.standings}
+    roads: dict[tuple[str, Family], tuple[object, ...]] = {}
+    for standing in desired.standings:
+        identity = standing.identity
+        others, main_last = detours(desired.policy, identity)
+        for family in standing.families:
+            for name in (identity.name, *(other.name for other in others)):
+                way = by_name[name].way(family)
+                if way and way.hops:
+                    translated = by_name[name].own(family)[:1] if identity.masquerade else ()
+                    roads[identity.name, family] = (way.hops, translated)
+                    break
+            else:
+                roads[identity.name, family] = (MAIN,) if main_last else ()
+    return roads
+
+
 def standing_notes(standing: Standing) -> Iterator[str]:
     """One line for each family that is closed, and for what else is amiss."""
     for way in standing.ways:
@@ -137,7 +193,11 @@ def standing_notes(standing: Standing) -> Iterator[str]:
 
 
 def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, ...]]:
-    """Each identity's own addresses. "auto" is the link's global ones, but for those that another identity has."""
+    """Each identity's own addresses, the one to choose first.
+
+    "auto" is the link's global ones, but for those that another identity has. Deprecated and temporary ones (RFC 4862,
+    RFC 8981) are among them: connections live on that were made from them.
+    """
     addresses = {identity.name: identity.addresses or () for identity in policy.identities}
     owners = {Prefix.host(address): name for name, own in addresses.items() for address in own}
     owners |= {
@@ -158,7 +218,17 @@ def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, 
         if found:
             addresses[identity.name] = sorted_addresses(found)
             owners |= dict.fromkeys(map(Prefix.host, found), identity.name)
-    return addresses
+    there = {item.address: item for link in (facts.links if facts else ()) for item in link.addresses}
+    return {name: tuple(sorted(own, key=lambda each: _rank(there.get(each)))) for name, own in addresses.items()}
+
+
+def _rank(there: LinkAddress | None) -> int:
+    """How an address is to be chosen: one that will stay, a temporary one, one that is on its way out, one that is not
+    the link's yet.
+    """
+    if there is None:
+        return 0
+    return 3 if there.tentative else 2 if there.deprecated else int(there.temporary)
 
 
 def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, faults: list[str]) -> Standing:
@@ -170,10 +240,12 @@ def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts |
         # "auto" may get an address of either family at any moment: both are closed until then.
         if identity.addresses is None or family in member_families or any(Family.of(a) is family for a in addresses)
     ]
+    there = {item.address for each in (facts.links if facts else ()) for item in each.addresses}
     notes = []
     if facts and identity.addresses:
-        there = {item.address for each in facts.links for item in each.addresses}
         notes = [f"{address} is on no link of this host" for address in addresses if address not in there]
+    if identity.probe and identity.probe.target in there:
+        notes.append(f"the probe's target {identity.probe.target} is an address of this host: it proves nothing")
     ways = []
     for family in families:
         own = any(Family.of(address) is family for address in addresses)
@@ -185,6 +257,14 @@ def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts |
                 way = Way(family, closed=f"there is no {family} address to translate members to")
         ways.append(way)
     return Standing(identity, addresses, tuple(ways), link.mtu if link else None, tuple(notes))
+
+
+def _shut(standing: Standing, reason: str | None) -> Standing:
+    """A standing whose ways are closed for a reason from outside, if there is one."""
+    if reason is None:
+        return standing
+    ways = (Way(way.family, closed=reason, probing=way.hops) if way.hops else way for way in standing.ways)
+    return replace(standing, ways=tuple(ways))
 
 
 def _way(identity: Identity, family: Family, link: Link | None, facts: Facts | None, faults: list[str]) -> Way:
@@ -216,7 +296,10 @@ def _way(identity: Identity, family: Family, link: Link | None, facts: Facts | N
             return Way(family, closed=f"{name} has no {family} network yet for the next hop {gateway}")
         if not any(gateway in network for network in networks):
             on_link = ", ".join(map(str, networks))
-            faults.append(f"identity.{identity.name}.next_hop: {gateway} is not on {name}, which has {on_link}")
+            # The kernel would refuse the route (ENETUNREACH).
+            wrong = f"{gateway} is not on {name}, which has {on_link}"
+            faults.append(f"identity.{identity.name}.next_hop: {wrong}")
+            return Way(family, closed=f"the next hop {wrong}")
     return _explicit(family, name, gateway, point_to_point=identity.next_hop == "none")
 
 
@@ -234,13 +317,14 @@ def _routes(policy: Policy, standing: Standing, others: dict[str, Standing], fac
     identity = standing.identity
     detour, main_last = detours(policy, identity)
     for way in standing.ways:
+        source = _source(standing, way.family, facts)
+        yield from _probe_routes(standing, way, source, facts)
         if facts:
             for route in _connected(facts, {identity.link}, way.family):
                 yield replace(route, table=identity.table)
             for route in downstream_routes(policy, facts, way.family):
                 yield replace(route, table=identity.table)
         default = Route(Prefix.default(way.family), identity.table, metric=METRIC_OWN)
-        source = _source(standing, way.family, facts)
         if way.hops:
             yield replace(default, hops=way.hops, source=source)
         for behind, other in enumerate(detour, start=1):
@@ -249,6 +333,19 @@ def _routes(policy: Policy, standing: Standing, others: dict[str, Standing], fac
                 yield replace(default, hops=road.hops, metric=METRIC_OWN + behind)
         if not main_last:
             yield replace(default, kind="unreachable", metric=METRIC_LAST)
+
+
+def _probe_routes(standing: Standing, way: Way, source: Address | None, facts: Facts | None) -> Iterator[Route]:
+    """The road of a probe that nobody answers, to see whether somebody answers again.
+
+    Without it a socket that is bound to a link asks for the target on that very link (net/ipv4/route.c,
+    ip_route_output_key_hash_rcu), or for IPv6 finds no route at all.
+    """
+    identity, probe = standing.identity, standing.identity.probe
+    if facts is None or probe is None or not way.probing or Family.of(probe.target) is not way.family:
+        return
+    if not any(probe.target in route.destination for route in _connected(facts, {identity.link}, way.family)):
+        yield Route(Prefix.host(probe.target), identity.table, way.probing, metric=METRIC_OWN, source=source)
 
 
 def _source(standing: Standing, family: Family, facts: Facts | None) -> Address | None:
@@ -310,6 +407,26 @@ def _rules(standing: Standing) -> Iterator[Rule]:
         yield Rule(family, identity.priority, identity.table, fwmark=identity.fwmark)
         for address in standing.own(family):
             yield Rule(family, identity.priority, identity.table, source=Prefix.host(address))
+
+
+def _guards(policy: Policy) -> Iterator[Rule]:
+    """What keeps members closed while nobody marks their packets: our table is not there, or not there yet.
+
+    A packet of theirs that has no mark by then is refused; but for what this host itself sends from an address in their
+    prefixes, which is looked up before the output hook and goes around. One rule a prefix, behind all the others: what
+    is marked never comes here, but whatever is nobody's does, and the kernel tries them one by one (23 ns each).
+    """
+    if not policy.kernel.enforce:  # then nothing is to be stopped
+        return
+    first = policy.kernel.rule_priority + max(identity.id for identity in policy.identities) + 1
+    for family in Family:
+        members = {prefix for identity in policy.identities for prefix in identity.members if prefix.family is family}
+        guarded = tuple(islice(outermost(members), GUARDED + 1))
+        if 0 < len(guarded) <= GUARDED and first + 2 < PRIORITY_MAIN:
+            yield Rule(family, first, iif="lo", action=GOTO, target=first + 2)
+            for prefix in guarded:
+                yield Rule(family, first + 1, source=prefix, unmarked=policy.kernel.mark_mask, action=UNREACHABLE)
+            yield Rule(family, first + 2, action=NOP)
 
 
 def _src_valid_mark(policy: Policy, facts: Facts | None) -> frozenset[str]:

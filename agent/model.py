@@ -283,28 +283,42 @@ class Route:
         return " ".join(words)
 
 
+#: What a rule does besides UNREACHABLE, in ip-rule(8)'s words.
+LOOKUP, GOTO, NOP = "lookup", "goto", "nop"
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A policy routing rule that looks up a table: for a mark (fwmark), or for a source.
+    """A policy routing rule: whom it takes, and what happens then. `action` is a word of ip-rule(8).
 
-    `extra` holds whatever else the kernel says of a rule (netlink attribute, value): none of ours has any, so that
-    a rule which somebody made under our protocol number can be told from ours, and deleted.
+    It takes a packet by its mark (`fwmark`), by the absence of any in these bits (`unmarked`, a mask), by its source,
+    by the link that it arrives on (`iif`; the host's own come from "lo"). `table` is what is looked up, `target` the
+    priority that `goto` leads to. `extra` holds whatever else the kernel says of a rule (netlink attribute, value):
+    none of ours has any, so that a rule which somebody made under our protocol number can be told from ours, and
+    deleted.
     """
 
     family: Family
     priority: int
-    table: int
+    table: int = 0
     fwmark: Fwmark | None = None
     source: Prefix | None = None
+    unmarked: int = 0
+    iif: str = ""
+    action: str = LOOKUP
+    target: int = 0
     extra: tuple[tuple[str, str | int], ...] = ()
 
     def __str__(self) -> str:
         """The words behind `ip rule add`."""
         words = [f"priority {self.priority}"]
         words += [f"from {self.source}"] if self.source else []
+        words += [f"iif {shlex.quote(self.iif)}"] if self.iif else []
         words += [f"fwmark {self.fwmark}"] if self.fwmark else []
+        words += [f"fwmark 0/{self.unmarked:#x}"] if self.unmarked else []
         words += [f"{name} {value}" for name, value in self.extra]
-        words += [f"lookup {self.table}", f"protocol {PROTOCOL}"]
+        words.append({LOOKUP: f"lookup {self.table}", GOTO: f"goto {self.target}"}.get(self.action, self.action))
+        words.append(f"protocol {PROTOCOL}")
         return " ".join(words)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from agent import commands, ruleset
 from agent.desired import Desired
-from agent.model import METRIC_LAST, Fwmark, Route, Rule, Table
+from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, Fwmark, Route, Rule, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,31 @@ class Load:
                 yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
 
 
+RuleStep = TypeVar("RuleStep", AddRule, DeleteRule)
 Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Load
+
+#: What a step is about, in the words of the metrics' `kind` label.
+KINDS = {
+    AddRoute: "route",
+    ReplaceRoute: "route",
+    DeleteRoute: "route",
+    AddRule: "rule",
+    DeleteRule: "rule",
+    SetSrcValidMark: "sysctl",
+    Load: "nft",
+}
+
+
+def kind(step: Step) -> str:
+    """`route`, `rule`, `sysctl` or `nft`."""
+    return KINDS[type(step)]
+
+
+def closes(step: Step) -> bool:
+    """Whether what comes behind a step would be open without it: a rule, a table's last route, nft's own order."""
+    if isinstance(step, AddRoute | ReplaceRoute):
+        return (step.route if isinstance(step, AddRoute) else step.new).metric == METRIC_LAST
+    return isinstance(step, AddRule | Load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +181,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     """How to get from what is there to what is wanted.
 
     Order: routes, rules, marks; and backwards when taking away. A mark without its rule follows main, a rule without
-    its table's last route falls through to main: both would be leaks.
+    its table's last route falls through to main: both would be leaks. The rules that close whoever has no mark come
+    when all have theirs, and go before: nothing is lost on the way.
 
     When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
     which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
@@ -164,7 +190,9 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     """
     wanted = ruleset.table(desired)
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
-    add_rules, delete_rules = _rule_steps(desired.rules, observed.rules)
+    adding, deleting = _rule_steps(desired.rules, observed.rules)
+    add_rules, add_guards = _apart(adding)
+    delete_rules, delete_guards = _apart(deleting)
     handover = _handover(desired, observed, wanted)
     changes = commands.transaction(wanted, observed.table, rules_anew=handover)
     closing = ruleset.closing(wanted.name, _closed_meanwhile(desired, observed)) if handover else ()
@@ -178,9 +206,11 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
             *_wake(observed.table),
             *([Load(wanted.name, closing)] if closing else []),
+            *delete_guards,
             *add_routes,
             *add_rules,
             *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
+            *add_guards,
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
@@ -240,11 +270,13 @@ def _names(rule: Rule, mark: int) -> bool:
 
 def removal(observed: Observed) -> Plan:
     """How to take away all that is ours: it needs no policy."""
+    rules, guards = _apart(_rule_steps(frozenset(), observed.rules)[1])
     tables = (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
     return Plan(
         (
+            *guards,
             *map(_delete_table, tables),
-            *map(DeleteRule, observed.rules),
+            *rules,
             *map(DeleteRoute, sorted(observed.routes, key=_deletion_order)),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours)),
         )
@@ -269,24 +301,43 @@ def _route_steps(desired: frozenset[Route], observed: frozenset[Route]) -> tuple
     return before, [DeleteRoute(route) for route in sorted(observed - desired - replaced, key=_deletion_order)]
 
 
-def _rule_steps(desired: frozenset[Rule], observed: Iterable[Rule]) -> tuple[list[Step], list[Step]]:
+def _rule_steps(desired: frozenset[Rule], observed: Iterable[Rule]) -> tuple[list[AddRule], list[DeleteRule]]:
     """Rules to add, and rules to delete: what is not wanted, and what is there twice."""
     there = Counter(observed)
     surplus = [rule for rule, count in there.items() for _ in range(count - (rule in desired))]
     return (
         [AddRule(rule) for rule in sorted(desired - set(there), key=rule_order)],
-        [DeleteRule(rule) for rule in sorted(surplus, key=rule_order)],
+        [DeleteRule(rule) for rule in sorted(surplus, key=_rule_deletion_order)],
     )
 
 
+def _apart(steps: Sequence[RuleStep]) -> tuple[list[RuleStep], list[RuleStep]]:
+    """Steps about rules that look up a table, and those about the ones behind them."""
+    return [step for step in steps if not _stage(step.rule)], [step for step in steps if _stage(step.rule)]
+
+
+def _stage(rule: Rule) -> int:
+    """What goes around a closed door is there before it, and leads somewhere: rules that look up a table are first."""
+    return {LOOKUP: 0, NOP: 1, GOTO: 2}.get(rule.action, 3)
+
+
 def rule_order(rule: Rule) -> tuple[object, ...]:
-    return (rule.family, rule.priority, rule.table, rule.fwmark is None, str(rule))
+    return (_stage(rule), rule.family, rule.priority, rule.table, rule.fwmark is None, str(rule))
+
+
+def _rule_deletion_order(rule: Rule) -> tuple[object, ...]:
+    return (-_stage(rule), *rule_order(rule)[1:])
 
 
 def addition_order(route: Route) -> tuple[object, ...]:
-    """A table's last route first: it is never open. Then the links' networks, in which gateways are looked for."""
+    """A table's last route first: it is never open. Then the networks, in which gateways are looked for.
+
+    The default comes when they are there: what is meant for the hosts behind must not leave by it.
+    """
+    is_default = not route.destination.length
     through_gateway = any(hop.via for hop in route.hops)
-    return (route.metric != METRIC_LAST, through_gateway, route.family, route.table, route.destination, route.metric)
+    order = (route.family, route.table, route.destination, route.metric)
+    return (route.metric != METRIC_LAST, is_default, through_gateway, *order)
 
 
 def _deletion_order(route: Route) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
@@ -65,6 +65,15 @@ def classes(sources: Iterable[tuple[Prefix, str]]) -> tuple[Span, ...]:
         place = prefix.address
     close_before(None)
     return tuple(spans)
+
+
+def outermost(prefixes: Iterable[Prefix]) -> Iterator[Prefix]:
+    """The prefixes that lie in none of the others, in order."""
+    last: Prefix | None = None
+    for prefix in sorted(prefixes):
+        if last is None or prefix.family is not last.family or prefix.address > last.last:
+            last = prefix
+            yield prefix
 
 
 def lookup(sources: Iterable[tuple[Prefix, str]], address: Address) -> tuple[Prefix, str] | None:

@@ -144,6 +144,8 @@ def _matches(rule: Rule, packet: Packet, mark: int) -> bool:
         return False
     if rule.fwmark is not None and mark & rule.fwmark.mask != rule.fwmark.value:
         return False
+    if mark & rule.unmarked or rule.iif not in ("", packet.arriving or "lo"):
+        return False
     return rule.family is Family.of(packet.source)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from agent import commands, ruleset
 from agent.desired import Desired, Standing, detours
-from agent.model import Rule
+from agent.model import LOOKUP, Rule
 from agent.plan import SetSrcValidMark, addition_order, rule_order
 
 RULESET = "ruleset.nft"
@@ -35,6 +35,10 @@ def routing_text(desired: Desired) -> str:
     ]
     for standing in desired.standings:
         lines += ["", *_identity_lines(desired, standing)]
+    guards = sorted((rule for rule in desired.rules if rule.action != LOOKUP), key=rule_order)
+    if guards:
+        lines += ["", "# Members whose packets nobody has marked are closed; what this host sends itself goes around."]
+        lines += map(_rule_line, guards)
     if desired.src_valid_mark:
         lines += [
             "",

@@ -27,8 +27,12 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from agent.kernel import KernelError
 from agent.kernel.netlink import HEADER, Netlink, Wanted
 from agent.model import (
+    GOTO,
+    LOOKUP,
+    NOP,
     PROTOCOL,
     TABLE_MAIN,
+    UNREACHABLE,
     Address,
     Family,
     Fwmark,
@@ -47,13 +51,17 @@ RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETRULE = 18, 22, 26, 34
 RTM_DST_LEN, RTM_PROTOCOL, RTM_SCOPE, RTM_ATTRIBUTES = 17, 21, 22, 28
 RTA_GATEWAY = 5
 
+#: ifinfomsg: family, type, index, flags, change (linux/rtnetlink.h).
+IFINFOMSG = struct.Struct("=BxHiII")
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
-IFA_F_TENTATIVE = 0x40
+IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x1, 0x8, 0x20, 0x40
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
 RTM_F_LOOKUP_TABLE = 0x1000
-FR_ACT_TO_TBL, FIB_RULE_INVERT = 1, 2
+FIB_RULE_INVERT = 2
+#: linux/fib_rules.h: what a rule does, by ip-rule(8)'s word for it.
+ACTIONS = {1: LOOKUP, 2: GOTO, 3: NOP, 6: "blackhole", 7: UNREACHABLE, 8: "prohibit"}
 RTEXT_FILTER_SKIP_STATS = 8
 
 #: Protocols of the routes that the kernel, its router discovery, ip(8) and DHCP clients make; not routing daemons.
@@ -63,7 +71,18 @@ HOUSEHOLD = frozenset({RTPROT_KERNEL, 3, 4, RTPROT_RA, 16})
 CONNECTED = {Family.IPV4: (RTPROT_KERNEL,), Family.IPV6: (RTPROT_KERNEL, RTPROT_RA)}
 
 #: What a rule of ours may say; `FRA_SUPPRESS_PREFIXLEN` is in every dump, 0xffffffff meaning "no".
-RULE_ATTRIBUTES = frozenset({"FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_FWMASK", "FRA_SRC", "FRA_PROTOCOL"})
+RULE_ATTRIBUTES = frozenset(
+    {
+        "FRA_PRIORITY",
+        "FRA_TABLE",
+        "FRA_FWMARK",
+        "FRA_FWMASK",
+        "FRA_SRC",
+        "FRA_IIFNAME",
+        "FRA_GOTO",
+        "FRA_PROTOCOL",
+    }
+)
 SUPPRESS_NOTHING = 0xFFFFFFFF
 
 #: The routes that are gone already when a delete comes: with their link, or by somebody else's hand.
@@ -92,16 +111,25 @@ class Rtnl:
     # --- reading ---
 
     def links(self) -> tuple[Link, ...]:
-        """All links with their addresses, by name; the sysctls are `agent.kernel.sysctl`'s to add."""
+        """All links with their addresses, by name; the sysctls are `agent.kernel.sysctl`'s to add.
+
+        An address that turned out to be a neighbour's is left out: nothing can be sent from it, nor arrives for it.
+        """
         addresses: dict[int, list[LinkAddress]] = {}
         for message in self._dump("list addresses", RTM_GETADDR, ifaddrmsg()):
+            flags = message.get_attr("IFA_FLAGS") or 0
+            if flags & IFA_F_DADFAILED:
+                continue
             # On a point-to-point link IFA_ADDRESS is the peer's, IFA_LOCAL ours; IPv6 gives the latter only there.
             text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
             address = LinkAddress(
                 address=ip_address(text),
                 length=message["prefixlen"],
                 scope_global=message["scope"] == RT_SCOPE_UNIVERSE,
-                tentative=bool((message.get_attr("IFA_FLAGS") or 0) & IFA_F_TENTATIVE),
+                tentative=bool(flags & IFA_F_TENTATIVE),
+                deprecated=bool(flags & IFA_F_DEPRECATED),
+                # The same bit is IFA_F_SECONDARY in IPv4: a second address of one network.
+                temporary=message["family"] == socket.AF_INET6 and bool(flags & IFA_F_TEMPORARY),
             )
             addresses.setdefault(message["index"], []).append(address)
         request = ifinfmsg()
@@ -120,23 +148,46 @@ class Rtnl:
         self._names = {link.index: link.name for link in links}
         return tuple(sorted(links, key=lambda link: link.name))
 
+    def is_up(self, name: str) -> bool:
+        """Whether a link is there, up and with carrier: one question, however many links the host has."""
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:
+            return False
+        answer = self._dumps.ask(f"ask for link {name}", RTM_GETLINK, IFINFOMSG.pack(0, 0, index, 0, 0))
+        flags: int = IFINFOMSG.unpack_from(answer)[3]
+        return flags & (IFF_UP | IFF_LOWER_UP) == IFF_UP | IFF_LOWER_UP
+
     def main_routes(
         self, family: Family, *, link: str | None = None, protocol: int = 0, near: bool = False
     ) -> tuple[Route, ...]:
-        """Unicast routes of table main, by one link or by all, of one protocol or of all.
+        """Unicast routes of table main, by one link or by all, of one protocol or of all; none by a link that is gone.
 
         The kernel filters by table, link and protocol (kernel-side only since Linux 4.20, NETLINK_GET_STRICT_CHK).
         With `near` only defaults and what leads straight onto the link; the others are passed over before they are
-        decoded, for to decode a full BGP table takes seconds.
+        decoded, for to decode a full BGP table takes seconds. Of the routes that routers advertise, those are left out
+        that the kernel doesn't use: whose time is over, or beside which a router that is preferred has one.
         """
-        index = self._index(link) if link else 0
+        index = _index_of(link) if link else 0
+        if index is None:
+            return ()
         wanted = _NEAR[family] if near else None
         messages = self._dump_routes(family, table=TABLE_MAIN, link=index, protocol=protocol, wanted=wanted)
-        return tuple(
-            self._to_route(message)
-            for message in messages
-            if message["type"] == RTN_UNICAST and message["proto"] != PROTOCOL
-        )
+        try:
+            found = [
+                message
+                for message in messages
+                if message["type"] == RTN_UNICAST and message["proto"] != PROTOCOL and not _is_expired(message)
+            ]
+        except KernelError:
+            # The kernel knows no filter by a link that went just now.
+            if link and _index_of(link) != index:
+                return ()
+            raise
+        best: dict[object, int] = {}
+        for message in found:
+            best[_rivals(message)] = max(_preference(message), best.get(_rivals(message), -1))
+        return tuple(self._to_route(message) for message in found if _preference(message) == best[_rivals(message)])
 
     def our_routes(self) -> frozenset[Route]:
         """The routes of our protocol number, whatever the table."""
@@ -252,10 +303,17 @@ class Rtnl:
             "family": rule.family.number,
             "priority": rule.priority,
             "table": rule.table,
+            "action": _action_number(rule.action),
             "protocol": PROTOCOL,
         }
         if rule.fwmark:
             request |= {"fwmark": rule.fwmark.value, "fwmask": rule.fwmark.mask}
+        if rule.unmarked:
+            request |= {"FRA_FWMARK": 0, "FRA_FWMASK": rule.unmarked}
+        if rule.iif:
+            request["iifname"] = rule.iif
+        if rule.target:
+            request["goto"] = rule.target
         if rule.source:
             request |= {"src": str(rule.source).partition("/")[0], "src_len": rule.source.length}
         request |= {name: _thaw(value) for name, value in rule.extra}
@@ -265,10 +323,10 @@ class Rtnl:
     # --- conversions ---
 
     def _index(self, name: str) -> int:
-        try:
-            return socket.if_nametoindex(name)
-        except OSError as error:
-            raise KernelError(f"find link {name}", os.strerror(error.errno or errno.ENODEV)) from error
+        index = _index_of(name)
+        if index is None:
+            raise KernelError(f"find link {name}", os.strerror(errno.ENODEV))
+        return index
 
     def _name(self, index: int) -> str:
         if index not in self._names:
@@ -354,6 +412,30 @@ class Rtnl:
             yield message
 
 
+def _index_of(link: str) -> int | None:
+    try:
+        return socket.if_nametoindex(link)
+    except OSError:
+        return None
+
+
+def _is_expired(message: Message) -> bool:
+    """An IPv6 route whose time is over is dumped until it is collected, half a minute later; lookups pass it over."""
+    cache = message.get_attr("RTA_CACHEINFO")
+    return bool(cache) and int(cache["rta_expires"]) < 0
+
+
+def _rivals(message: Message) -> object:
+    """What the routes of several routers on a link have in common: the kernel keeps them side by side."""
+    attributes = [message.get_attr(name) for name in ("RTA_DST", "RTA_PRIORITY", "RTA_OIF")]
+    return (message["dst_len"], *attributes)
+
+
+def _preference(message: Message) -> int:
+    """A router's preference (RFC 4191): 1 high, 0 medium, -1 low; two bits, 3 for the last (linux/icmpv6.h)."""
+    return {1: 1, 3: -1}.get(message.get_attr("RTA_PREF") or 0, 0)
+
+
 def _of_family(request: Message, family: Family) -> Message:
     request["family"] = family.number
     return request
@@ -410,11 +492,6 @@ def _to_rule(message: Message) -> Rule:
     # ip(8) lets a source have host bits; the kernel masks them when it matches, and wants them for a delete.
     if network and str(network.network_address) != source:
         extra.append(("src", source))
-    # A mark of 0 is legal in a rule (`fwmark 0/MASK`), and none of ours.
-    if mask and not value:
-        extra += [("FRA_FWMARK", 0), ("FRA_FWMASK", mask)]
-    if message["action"] != FR_ACT_TO_TBL:
-        extra.append(("action", message["action"]))
     extra += [(name, message[name]) for name in ("dst_len", "tos") if message[name]]
     if message["flags"] & FIB_RULE_INVERT:
         extra.append(("flags", FIB_RULE_INVERT))
@@ -426,8 +503,16 @@ def _to_rule(message: Message) -> Rule:
         # A rule without an explicit mask reads back 0xffffffff.
         fwmark=Fwmark(value, mask) if value else None,
         source=Prefix.parse(str(network)) if network else None,
+        unmarked=mask if mask and not value else 0,
+        iif=message.get_attr("FRA_IIFNAME") or "",
+        action=ACTIONS.get(message["action"], f"type {message['action']}"),
+        target=message.get_attr("FRA_GOTO") or 0,
         extra=tuple(extra),
     )
+
+
+def _action_number(word: str) -> int:
+    return next((number for number, known in ACTIONS.items() if known == word), None) or int(word.split()[1])
 
 
 def _freeze(value: object) -> Any:

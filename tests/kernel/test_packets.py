@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,6 @@ def translated_to_a_member_of_the_other(gateway: Gateway) -> None:
     [
         pytest.param(sent_astray_by_a_rule, [], "gw", WILD, "inside", id="foreign-rule"),
         pytest.param(sent_astray_by_a_rule, MEMBERS, "lan", WILD, "inside", id="foreign-rule-member"),
-        pytest.param(robbed_of_its_mark, MEMBERS, "lan", WILD, "inside", id="mark-wiped"),
         pytest.param(translated_to_the_other, [], "lan", CHOST, "outside", id="translated"),
         pytest.param(
             translated_to_a_member_of_the_other, MEMBERS, "lan", CHOST, "outside", id="translated-to-a-member"
@@ -245,6 +245,38 @@ def test_the_misrouted_are_counted_and_dropped(
     datagram = Count(1, (20 if family == "ipv4" else 40) + 8 + 1)
     assert admin.counts()[f"id-{identity}-{family}-misrouted-{action}"] == datagram
     assert not any("transmit" in name and count == datagram for name, count in admin.counts().items())
+
+
+@both_families
+@pytest.mark.parametrize("enforce", [True, False], ids=["enforced", "counted-only"])
+def test_robbed_of_its_mark(gateway: Gateway, admin: Admin, family: str, enforce: bool) -> None:
+    """A member whose mark a neighbour wipes is refused a route; with enforce = false it is counted, and goes."""
+    robbed_of_its_mark(gateway)
+    admin.apply(policy_text({"members": MEMBERS}, kernel={"enforce": enforce}))
+    with gateway.isp.sniff("gw") as arriving:
+        gateway.lan.send(WILD[family])
+        arrived = arriving.packets(destination=WILD[family], protocol=socket.IPPROTO_UDP)
+    assert len(arrived) == (0 if enforce else 1)
+    assert admin.counts().get(f"id-inside-{family}-misrouted-passed", Count()).packets == len(arrived)
+
+
+@both_families
+def test_without_a_ruleset(gateway: Gateway, admin: Admin, family: str) -> None:
+    """After a `flush ruleset` a member's packets go nowhere, the host's own by their identities, all others by main."""
+    stranger = "10.8.0.1" if family == "ipv4" else "2001:db8:8::1"
+    gateway.lan.ip("address", "add", f"{stranger}/{32 if family == 'ipv4' else 128}", "dev", "gw")
+    admin.apply(policy_text({"members": MEMBERS}))
+    gateway.gw.run(["nft", "flush", "ruleset"])
+    with gateway.isp.sniff("gw") as at_isp, gateway.corp.sniff("gw") as at_corp:
+        for far in (WILD, CHOST):
+            assert not gateway.lan.ping(far[family], LAN_HOST[family])
+        gateway.lan.send(WILD[family], stranger)
+        assert [packet.source for packet in at_isp.packets(protocol=socket.IPPROTO_UDP)] == [ip_address(stranger)]
+        assert at_corp.packets(source=LAN_HOST[family]) == []
+    assert gateway.lan.ping(LAN_GATEWAY[family], LAN_HOST[family])
+    assert gateway.gw.ping(LAN_HOST[family], LAN_GATEWAY[family])
+    assert gateway.gw.ping(WILD[family], OUTSIDE[family])
+    assert gateway.gw.ping(CHOST[family], INSIDE[family])
 
 
 # --- whose a packet is -----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_check_bad(idmark: Idmark) -> None:
         2,
         "",
         "policy.toml:3: identity.inside.id: 64 does not fit mask 0x3f000000 (1..63)\n"
-        'policy.toml:13: identity.outside.linc: unknown key; did you mean "link"?\n',
+        'policy.toml:14: identity.outside.linc: unknown key; did you mean "link"?\n',
     )
 
 

@@ -9,8 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.desired import METRIC_OWN, Desired, Standing, Way, desire, detours
-from agent.model import METRIC_LAST, TABLE_MAIN, Facts, Family, Identity, Link, LinkAddress, Policy, Prefix, Rule
+from agent import ruleset
+from agent.desired import GUARDED, METRIC_OWN, Desired, Standing, Way, desire, detours, roads_changed
+from agent.model import (
+    GOTO,
+    LOOKUP,
+    METRIC_LAST,
+    NOP,
+    TABLE_MAIN,
+    UNREACHABLE,
+    Address,
+    Facts,
+    Family,
+    Identity,
+    Link,
+    LinkAddress,
+    Policy,
+    Prefix,
+    Probe,
+    Rule,
+)
 from agent.prefixes import lookup
 from tests.unit.values import (
     DEFAULTS,
@@ -172,6 +190,44 @@ def test_tentative_address() -> None:
     assert {item.source for item in desired.routes} == {None}
 
 
+STABLE, TEMPORARY, DEPRECATED = map(ip_address, ("2001:db8:203::8", "2001:db8:203::7", "2001:db8:203::6"))
+SLAAC = replace(
+    WAN,
+    addresses=(
+        LinkAddress(ip_address("2001:db8:203::5"), 64, tentative=True),
+        LinkAddress(DEPRECATED, 64, deprecated=True),
+        LinkAddress(TEMPORARY, 64, temporary=True),
+        LinkAddress(STABLE, 64),
+    ),
+)
+
+
+def test_every_address_speaks() -> None:
+    """Deprecated, temporary and tentative addresses are an "auto" identity's too: connections live on from them."""
+    desired = desire(policy(OUTSIDE), host(SLAAC, routes=DEFAULTS))
+    own = {item.address for item in SLAAC.addresses}
+    assert set(standing(desired, "outside").addresses) == own
+    assert {rule.source for rule in desired.rules if rule.source} == set(map(Prefix.host, own))
+
+
+@pytest.mark.parametrize(
+    ("gone", "chosen"),
+    [
+        pytest.param(set(), STABLE, id="one-that-will-stay"),
+        pytest.param({STABLE}, TEMPORARY, id="a-temporary-one"),
+        pytest.param({STABLE, TEMPORARY}, DEPRECATED, id="a-deprecated-one"),
+    ],
+)
+def test_choice_of_address(gone: set[Address], chosen: Address) -> None:
+    """The default's `src`, and what members are translated to, is the address that will last, whatever their order."""
+    outside = replace(OUTSIDE, members=(Prefix.parse("2001:db8:9::/64"),), masquerade=True)
+    left = replace(SLAAC, addresses=tuple(item for item in SLAAC.addresses if item.address not in gone))
+    desired = desire(policy(outside), host(left, routes=DEFAULTS))
+    assert {item.source for item in desired.routes if item.metric == METRIC_OWN and item.hops} == {chosen}
+    translations = [line for line in str(ruleset.table(desired)).split("'") if "snat ip6 to" in line]
+    assert [line.rpartition(" ")[2] for line in translations] == [str(chosen)]
+
+
 # --- next hops -------------------------------------------------------------------------------------------------------
 
 OTHER_UPLINK = "0.0.0.0/0 via 198.51.100.1 dev wan2"
@@ -255,7 +311,23 @@ def test_next_hop_on_link(next_hop: str, networks: list[str], fault: str | None)
     """A next hop outside every network of its link is a fault: the kernel would refuse the route."""
     own = "203.0.113.2" if ":" not in next_hop else "2001:db8::2"
     here = identity("here", 1, "wan", addresses=[own], next_hop=[next_hop])
-    assert desire(policy(here), host(link("wan", *networks))).faults == ((fault,) if fault else ())
+    desired = desire(policy(here), host(link("wan", *networks)))
+    assert desired.faults == ((fault,) if fault else ())
+    assert bool(way(desired, "here", Family.of(ip_address(own))).hops) != bool(fault)
+
+
+def test_a_fault_closes_its_own_way_alone() -> None:
+    """A next hop that is not on the link closes that way, and says so; whoever keeps the rest in force can."""
+    here = identity(
+        "here", 1, "wan", addresses=["203.0.113.2", "2001:db8:203::2"], next_hop=["198.51.100.1", "fe80::1"]
+    )
+    desired = desire(policy(here, replace(INSIDE, id=3)), GATEWAY)
+    wrong = "198.51.100.1 is not on wan, which has 203.0.113.0/24"
+    assert way(desired, "here") == Way(IPV4, closed=f"the next hop {wrong}")
+    assert way(desired, "here", IPV6).hops
+    assert way(desired, "inside").hops
+    assert desired.faults == (f"identity.here.next_hop: {wrong}",)
+    assert last_route(IPV4, here.table) in desired.routes
 
 
 def test_next_hop_before_the_network() -> None:
@@ -473,6 +545,106 @@ def test_roads_in_order(facts: Facts, defaults: list[str]) -> None:
     ]
 
 
+# --- down by a probe -------------------------------------------------------------------------------------------------
+
+SILENT = "nobody answers"
+PROBE = Probe(ip_address("198.51.100.53"), every=2.0, fail_after=3)
+FAR_PROBE = "198.51.100.53 via 203.0.113.1 dev wan metric 1024 src 203.0.113.2"
+
+
+def probed(target: str = "198.51.100.53") -> Identity:
+    return replace(OUTSIDE, probe=replace(PROBE, target=ip_address(target)))
+
+
+def test_down_by_a_probe() -> None:
+    """An identity that counts as down is closed in every family, for that reason, and by no fault of its host's."""
+    desired = desire(policy(INSIDE, probed()), GATEWAY, {"outside": SILENT})
+    assert [item.closed for item in standing(desired, "outside").ways] == [SILENT, SILENT]
+    assert not any("default via" in line for line in table_of(desired, OUTSIDE))
+    assert table_of(desired, INSIDE) == table_of(desire(policy(INSIDE, probed()), GATEWAY), INSIDE)
+    assert desired.faults == ()
+
+
+def test_a_down_identity_takes_its_detour() -> None:
+    """`when_down` holds for one whose link is up; nobody else takes the road of one that is down."""
+    desired = desire(policy(FIRST, SECOND, THIRD), THREE, {"first": SILENT, "second": SILENT})
+    assert [line for line in table_of(desired, FIRST) if line.startswith("default")] == [
+        "default via 198.51.100.1 dev wan2 metric 1026"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "down", "found"),
+    [
+        pytest.param("198.51.100.53", True, [FAR_PROBE], id="far-away"),
+        pytest.param("198.51.100.53", False, [], id="while-up"),
+        pytest.param("203.0.113.53", True, [], id="in-the-links-network"),
+        pytest.param(
+            "2001:db8:53::1",
+            True,
+            ["2001:db8:53::1 via 2001:db8:203::1 dev wan metric 1024 src 2001:db8:203::2"],
+            id="ipv6",
+        ),
+    ],
+)
+def test_road_of_a_probe(target: str, down: bool, found: list[str]) -> None:
+    """While its identity counts as down a probe keeps a road of its own by its link, unless the link leads there."""
+    outside = probed(target)
+    desired = desire(policy(outside), GATEWAY, {"outside": SILENT} if down else {})
+    assert [line for line in table_of(desired, outside) if line.startswith(target)] == found
+
+
+def test_no_road_for_a_probe_without_a_link() -> None:
+    """A way that is closed for a reason of its host's says that one, and has no road for a probe."""
+    desired = desire(policy(probed()), host(replace(WAN, up=False)), {"outside": SILENT})
+    assert way(desired, "outside") == Way(IPV4, closed="link wan is down")
+    assert {item.destination.length for item in desired.routes} == {0}
+
+
+def test_probe_of_this_host() -> None:
+    """A probe whose target this very host has is noted: it would always be answered."""
+    outside = probed("10.9.0.1")
+    note = "identity outside: the probe's target 10.9.0.1 is an address of this host: it proves nothing"
+    assert note in desire(policy(outside), GATEWAY).notes
+
+
+# --- roads that change -----------------------------------------------------------------------------------------------
+
+TWO_UP = policy(replace(INSIDE, when_down="outside"), OUTSIDE)
+OTHER_ROUTER = host(LO, WAN, VPN, LAN, routes=("0.0.0.0/0 via 203.0.113.9 dev wan", DEFAULTS[1]))
+MOVED = replace(VPN, addresses=(LinkAddress(ip_address("192.0.2.131"), 25), *VPN.addresses[1:]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        pytest.param(GATEWAY, GATEWAY, set(), id="nothing"),
+        pytest.param(GATEWAY, replace(GATEWAY, links=(LO, WAN, VPN)), set(), id="another-link"),
+        pytest.param(GATEWAY, OTHER_ROUTER, {"outside"}, id="next-hop"),
+        pytest.param(GATEWAY, host(LO, WAN, LAN, routes=DEFAULTS), {"inside"}, id="detour"),
+        pytest.param(host(LO, WAN, LAN, routes=DEFAULTS), GATEWAY, {"inside"}, id="back-from-the-detour"),
+        pytest.param(host(LO, WAN, LAN, routes=DEFAULTS), host(LO, WAN, LAN), set(), id="closed"),
+        pytest.param(host(LO, VPN), GATEWAY, {"outside"}, id="opened"),
+    ],
+)
+def test_roads_changed(before: Facts, after: Facts, changed: set[str]) -> None:
+    """A road is its hops, also those of the identity that stands in; one that is closed is told when it opens."""
+    assert roads_changed(desire(TWO_UP, before), desire(TWO_UP, after)) == changed
+
+
+@pytest.mark.parametrize(("masquerade", "changed"), [(False, set()), (True, {"inside"})], ids=["kept", "translated"])
+def test_another_address_to_translate_to(masquerade: bool, changed: set[str]) -> None:
+    """Where members are translated, another own address makes another road: the old one's connections are lost."""
+    inside = identity("inside", 1, "vpn0", members=["10.9.0.0/24"], masquerade=masquerade)
+    before, after = (desire(policy(inside), host(vpn, LAN)) for vpn in (VPN, MOVED))
+    assert roads_changed(before, after) == changed
+
+
+def test_roads_of_a_new_identity() -> None:
+    """An identity that a new policy brings has had no road that could have changed."""
+    assert roads_changed(desire(policy(INSIDE), GATEWAY), desire(policy(INSIDE, OUTSIDE), GATEWAY)) == set()
+
+
 # --- src_valid_mark --------------------------------------------------------------------------------------------------
 
 
@@ -575,7 +747,7 @@ def test_closed_unless_main_is_allowed(written: Policy, facts: Facts) -> None:
 
 @given_both
 def test_rules_of_an_identity(written: Policy, facts: Facts) -> None:
-    """Each family has one rule for the mark, each own address one of its own, and there are no others."""
+    """Each family has one rule for the mark, each own address one of its own, and no others look up a table."""
     desired = desire(written, facts)
     wanted = set()
     for item in desired.standings:
@@ -585,7 +757,44 @@ def test_rules_of_an_identity(written: Policy, facts: Facts) -> None:
             Rule(Family.of(address), each.priority, each.table, source=Prefix.host(address))
             for address in item.addresses
         }
-    assert desired.rules == wanted
+    assert {rule for rule in desired.rules if rule.action == LOOKUP} == wanted
+
+
+@given_both
+def test_members_without_a_mark_are_refused(written: Policy, facts: Facts) -> None:
+    """Every member's prefix is refused while it is unmarked, behind all other rules; what the host sends goes around.
+
+    Unless nothing is to be stopped.
+    """
+    desired = desire(written, facts)
+    if not written.kernel.enforce:
+        assert {rule.action for rule in desired.rules} == {LOOKUP}
+        return
+    last = max(rule.priority for rule in desired.rules if rule.action == LOOKUP)
+    for family in Family:
+        guards = [rule for rule in desired.rules if rule.family is family and rule.action != LOOKUP]
+        refused = [rule for rule in guards if rule.action == UNREACHABLE]
+        members = {m for each in written.identities for m in each.members if m.family is family}
+        assert all(any(covers(rule, member) for rule in refused) for member in members)
+        assert {rule.source for rule in refused} <= members
+        assert {rule.unmarked for rule in refused} <= {written.kernel.mark_mask}
+        around = [(rule.iif, rule.target) for rule in guards if rule.action == GOTO]
+        landing = [rule.priority for rule in guards if rule.action == NOP]
+        assert around == [("lo", priority) for priority in landing]
+        assert len(landing) == bool(members)
+        assert all(last < rule.priority for rule in guards)
+
+
+def covers(rule: Rule, member: Prefix) -> bool:
+    return rule.source is not None and rule.source.address <= member.address and member.last <= rule.source.last
+
+
+def test_too_many_members_to_refuse() -> None:
+    """The kernel tries rule after rule: so many members that it would cost more than it is worth are not refused."""
+    members = [f"10.{number}.0.0/24" for number in range(GUARDED + 1)]
+    few, many = (desire(policy(identity("inside", 1, "vpn0", members=some)), None) for some in (members[1:], members))
+    assert len([rule for rule in few.rules if rule.action == UNREACHABLE]) == GUARDED
+    assert not [rule for rule in many.rules if rule.action != LOOKUP]
 
 
 @given_both
@@ -629,6 +838,24 @@ def test_a_lost_link_is_its_own_identities_loss(written: Policy, facts: Facts, d
             # What the lost link had, another identity's "auto" may now have on a link of its own: no loss.
             assert before.routes >= {item for item in after.routes if item.table == each.table and item.hops == ()}
             assert _defaults(before, each) == _defaults(after, each)
+
+
+@given(policies(), hosts(), st.data())
+def test_who_is_down_is_closed(written: Policy, facts: Facts, data: st.DataObject) -> None:
+    """Whoever counts as down has no way, nothing leads by its link but its networks and the road of its probe, and
+    that leads nowhere else; all that is left of the others is what they had.
+    """
+    down = data.draw(st.sets(st.sampled_from([each.name for each in written.identities])))
+    before, after = desire(written, facts), desire(written, facts, dict.fromkeys(down, SILENT))
+    assert after.classes == before.classes
+    assert after.rules == before.rules
+    for item in after.standings:
+        each = item.identity
+        assert not (each.name in down and any(road.hops for road in item.ways))
+        more = {found for found in after.routes - before.routes if found.table == each.table}
+        assert {found.destination for found in more} <= ({Prefix.host(each.probe.target)} if each.probe else set())
+        assert {hop.link for found in more for hop in found.hops} <= {each.link}
+        assert not more or each.name in down
 
 
 def _defaults(desired: Desired, each: Identity) -> set[str]:

@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 from agent import ruleset
 from agent.commands import transaction
 from agent.desired import Desired, desire, detours
-from agent.model import METRIC_LAST, Facts, Family, Fwmark, Kernel, Policy, Route, Statement
+from agent.model import (
+    GOTO,
+    LOOKUP,
+    METRIC_LAST,
+    NOP,
+    UNREACHABLE,
+    Facts,
+    Family,
+    Fwmark,
+    Kernel,
+    Policy,
+    Route,
+    Statement,
+)
 from agent.plan import (
     AddRoute,
     AddRule,
@@ -204,20 +217,20 @@ def test_removal_takes_everything(case: Case) -> None:
     assert removal(left).steps == ()
 
 
-def place(step: Step) -> int:
+def place(step: Step) -> float:
     """The place of a kind of step in a plan: make before break."""
     match step:
         case SetSrcValidMark(_, on):
             return 0 if on else 6
         case AddRoute() | ReplaceRoute():
             return 1
-        case AddRule():
-            return 2
+        case AddRule(rule):
+            return 2 if rule.action == LOOKUP else 5.7
         case Load(_, commands):
             # What wakes a table, or closes an identity for a while, comes before roads are touched.
             return 0 if commands[0].startswith(("insert rule ", "add table ")) else 3
-        case DeleteRule():
-            return 4
+        case DeleteRule(rule):
+            return 4 if rule.action == LOOKUP else 0.5
         case DeleteRoute():
             return 5
 
@@ -229,7 +242,7 @@ def test_make_before_break(case: Case) -> None:
     When roads change hands the new marks come last, but for the sysctls: nothing is left then of the old roads.
     """
     places = [place(step) for step in plan(case.wanted, case.observed).steps]
-    handover = [{3: 5.5}.get(number, number) for number in places]
+    handover = [5.5 if number == 3 else number for number in places]
     assert places == sorted(places) or handover == sorted(handover)
     places = [place(step) for step in removal(case.observed).steps]
     assert places == sorted(places)
@@ -258,7 +271,7 @@ def test_never_open(change: tuple[Desired, Desired]) -> None:
         now = _seen_by(desired, now)
         for state in states(plan(desired, now) if desired else removal(now), now, desired):
             now = state
-            for rule in now.rules:
+            for rule in (rule for rule in now.rules if rule.action == LOOKUP):
                 closed = last_route(rule.family, rule.table) in now.routes
                 assert closed or (rule.family, rule.table) in open_tables, f"falls through to main: {rule}"
             looked_for = {(rule.family, rule.fwmark) for rule in now.rules}
@@ -266,6 +279,28 @@ def test_never_open(change: tuple[Desired, Desired]) -> None:
                 for family in standing.families:
                     closed = _closed_for_a_while(now, standing.identity.fwmark)
                     assert closed or (family, standing.identity.fwmark) in looked_for, "a mark without its rule"
+        marked = desired
+
+
+@given(changes())
+def test_guards_shut_out_nobody_else(change: tuple[Desired, Desired]) -> None:
+    """On the way from nothing to a policy, to another one, and to nothing again: whenever members without a mark are
+    refused, their packets are marked, and what the host itself sends goes around.
+    """
+    now, marked = NOTHING, None
+    for desired in (*change, None):
+        now = _seen_by(desired, now)
+        for state in states(plan(desired, now) if desired else removal(now), now, desired):
+            now = state
+            for rule in (rule for rule in now.rules if rule.action == UNREACHABLE):
+                around = [each for each in now.rules if (each.action, each.family) == (GOTO, rule.family)]
+                targets = {each.priority for each in now.rules if (each.action, each.family) == (NOP, rule.family)}
+                assert any(each.priority < rule.priority < each.target in targets for each in around)
+                assert any(
+                    rule.source in each.policy.identity(standing.identity.name).members
+                    for each in _in_force(now, marked, desired)
+                    for standing in each.standings
+                ), f"nobody marks {rule.source}"
         marked = desired
 
 
@@ -545,7 +580,8 @@ def test_new_mask() -> None:
         replace(each, fwmark=replace(each.fwmark, value=each.id << 18, mask=0xFC0000)) for each in (INSIDE, OUTSIDE)
     ]
     kinds = [type(step) for step in plan(desire(policy(*marks, kernel=kernel), GATEWAY), IN_FORCE).steps]
-    assert kinds == [AddRule] * 4 + [Load] + [DeleteRule] * 4
+    # The first and the last: the rule that refuses members without a mark.
+    assert kinds == [DeleteRule] + [AddRule] * 4 + [Load] + [DeleteRule] * 4 + [AddRule]
 
 
 def test_load_says_what_it_does() -> None:
@@ -578,12 +614,18 @@ def test_foreign_route_in_our_table() -> None:
 
 
 def test_removal_in_order() -> None:
-    """Removal goes backwards: marks, rules, routes with the last ones at the end, sysctls."""
+    """Removal goes backwards: whoever has no mark is let go, then marks, rules, routes with the last at the end, sysctls."""
     observed = replace(IN_FORCE, other_tables=("idmark_old",), src_valid_mark_ours=frozenset({"vpn0"}))
-    first, second, *others = removal(observed).steps
+    refusing, around, landing, first, second, *others = removal(observed).steps
+    assert [step.rule.action for step in (refusing, around, landing) if isinstance(step, DeleteRule)] == [
+        UNREACHABLE,
+        GOTO,
+        NOP,
+    ]
     assert first == Load("idmark", ("delete table inet idmark",))
     assert second == Load("idmark_old", ("delete table inet idmark_old",))
-    assert [type(step) for step in others[: len(observed.rules)]] == [DeleteRule] * len(observed.rules)
+    left = len(observed.rules) - 3
+    assert [type(step) for step in others[:left]] == [DeleteRule] * left
     assert others[-1] == SetSrcValidMark("vpn0", False)
     assert [step.route.kind for step in others[-5:-1] if isinstance(step, DeleteRoute)] == ["unreachable"] * 4
 

@@ -30,6 +30,7 @@ from agent.model import (
     NextHop,
     Policy,
     Prefix,
+    Probe,
     Route,
     Rule,
     Table,
@@ -52,6 +53,8 @@ def identity(
     when_down: str = UNREACHABLE,
     masquerade: bool = False,
     clamp_mss: bool = False,
+    probe: Probe | None = None,
+    flush_flows: bool = False,
     kernel: Kernel | None = None,
 ) -> Identity:
     """An identity from the values that stand in a policy."""
@@ -77,6 +80,8 @@ def identity(
         when_down=when_down,
         masquerade=masquerade,
         clamp_mss=clamp_mss,
+        probe=probe,
+        flush_flows=flush_flows,
     )
 
 
@@ -197,6 +202,12 @@ def toml(written: Policy) -> str:
         lines += [f"addresses = {json.dumps(own)}", f"members = {json.dumps([*map(str, each.members)])}"]
         lines += [f"next_hop = {json.dumps(hop)}", f"when_down = {json.dumps(each.when_down)}"]
         lines += [f"masquerade = {json.dumps(each.masquerade)}", f"clamp_mss = {json.dumps(each.clamp_mss)}"]
+        lines += [f"flush_flows = {json.dumps(each.flush_flows)}"]
+        if each.probe:
+            port = "" if each.probe.port is None else f", port = {each.probe.port}"
+            every = f"{round(each.probe.every * 1000)}ms"
+            target = f'target = "{each.probe.target}", every = "{every}", fail_after = {each.probe.fail_after}'
+            lines += [f"probe = {{ {target}{port} }}"]
     kernel = written.kernel
     lines += ["[kernel]", f"mark_mask = {kernel.mark_mask:#x}", f"table_base = {kernel.table_base}"]
     lines += [f"rule_priority = {kernel.rule_priority}", f'nft_table = "{kernel.nft_table}"']
@@ -269,6 +280,31 @@ def kernels(draw: st.DrawFn) -> Kernel:
     )
 
 
+#: Probes by the families that an identity can ask in: of a host far away, and of one in a link's network.
+_probes_of = {
+    frozenset(families): st.none()
+    | st.builds(
+        Probe,
+        target=st.sampled_from(
+            [
+                address
+                for family in families
+                for address in (
+                    parse_address("203.0.113.53" if family is Family.IPV4 else "2001:db8:53::53"),
+                    _address("vpn0", family, 253),
+                )
+            ]
+        ),
+        every=st.sampled_from([0.1, 2.0, 60.0]),
+        fail_after=st.integers(1, 3),
+        port=st.sampled_from([None, 443]),
+    )
+    if families
+    else st.none()
+    for families in ((), *((family,) for family in Family), tuple(Family))
+}
+
+
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     """A policy as the door lets it pass."""
@@ -309,6 +345,8 @@ def policies(draw: st.DrawFn) -> Policy:
                 when_down=draw(st.sampled_from([UNREACHABLE, MAIN, *names[:place]])),
                 masquerade=member_families <= own_families and draw(st.booleans()),
                 clamp_mss=draw(st.booleans()),
+                probe=draw(_probes_of[frozenset(own_families)]),
+                flush_flows=draw(st.booleans()),
                 kernel=kernel,
             )
         )
