@@ -209,6 +209,26 @@ def _when_down(draft: Draft) -> Iterator[Fault]:
             yield draft.fault(("identity", name, "when_down"), f"{roads[name]} closes a cycle: {cycle}")
 
 
+def _probes(draft: Draft) -> Iterator[Fault]:
+    own = {
+        prefix: f"{dotted(('identity', source.identity))} (line {line})"
+        for source in draft.sources
+        if source.key == "addresses"
+        for line, prefix in zip(source.lines, source.prefixes, strict=True)
+    }
+    for name, table in draft.identities:
+        target = table.probe.target if table.probe else None
+        if target is None:
+            continue
+        where: Place = ("identity", name, "probe", "target")
+        families = draft.families[name, "addresses"]
+        if owner := own.get(Prefix.host(target)):
+            yield draft.fault(where, f"{target} is an address of {owner}: this gateway itself would answer")
+        elif table.addresses is not None and None not in [*table.addresses] and Family.of(target) not in families:
+            rule = f"the identity has no {Family.of(target)} address to ask from"
+            yield draft.fault(where, f"{target} cannot be probed: {rule}")
+
+
 def _downstream(draft: Draft) -> Iterator[Fault]:
     if not isinstance(draft.document.downstream, list):
         return
@@ -236,6 +256,7 @@ CHECKS: tuple[_Check, ...] = (
     _next_hop_families,
     _masquerades,
     _when_down,
+    _probes,
     _downstream,
 )
 

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -154,7 +154,8 @@ def plan(args: argparse.Namespace) -> int:
 
     policy = _policy(args)
     with _kernel(args) as kernel:
-        seen = look(policy, kernel)
+        seen = look(policy, kernel, _down())
+    _host_faults(seen.desired.faults)
     steps = seen.plan.text
     if args.json:
         notes = list(seen.notes)
@@ -168,12 +169,16 @@ def plan(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Put the policy in force."""
-    from agent import reconcile  # noqa: PLC0415
+    from agent import reconcile, source  # noqa: PLC0415
     from agent.kernel import runtime  # noqa: PLC0415
 
-    policy = _policy(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
-        seen = reconcile.look(policy, kernel)
+        policy = _approved() if args.approved else _policy(args)
+        if policy is None:
+            print("no policy has been in force here yet: nothing to do")
+            return OK
+        seen = reconcile.look(policy, kernel, _down())
+        _host_faults(seen.desired.faults)
         if args.expect is not None and args.expect.lower() != seen.plan.digest:
             print(seen.plan.text, end="")
             _complain(f"the plan is {seen.plan.digest}, not {args.expect!r} as expected; nothing was changed")
@@ -184,13 +189,16 @@ def apply(args: argparse.Namespace) -> int:
         for _attempt in range(1 if args.expect is not None else PASSES):
             reconcile.apply(left, kernel)
             changes += len(left.steps)
-            left = reconcile.look(policy, kernel).plan
+            left = reconcile.look(policy, kernel, _down()).plan
             if not left.steps:
                 break
+        # Before the lock is free: what has been applied is what a daemon keeps from now on.
+        source.hand_over(policy)
     if left.steps:
         print(left.text, end="")
         _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
         return TROUBLE
+    _keep_over_boot(policy)
     many = "change" if changes == 1 else "changes"
     print(f"in force: {changes} {many}, plan {seen.plan.digest}" if changes else "in force: nothing to do")
     return OK
@@ -198,13 +206,16 @@ def apply(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     """Identities, links, ways out, counters, differences."""
+    from agent import ledger  # noqa: PLC0415
     from agent.reconcile import look  # noqa: PLC0415
     from agent.status import report, text  # noqa: PLC0415
 
     policy = _policy(args, quiet=args.json)
     with _kernel(args) as kernel:
-        seen = look(policy, kernel)
+        seen = look(policy, kernel, _down())
         found = report(policy, seen, kernel.nfnl.counts(policy.kernel.nft_table))
+        at_work = ledger.current()
+        found["daemon"] = at_work and at_work.plain()
     print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
     return OK if found["in_force"] else DIFFERS
 
@@ -220,7 +231,7 @@ def explain(args: argparse.Namespace) -> int:
         raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
     policy = _policy(args)
     with _kernel(args) as kernel:
-        seen = look(policy, kernel)
+        seen = look(policy, kernel, _down())
         arriving = args.arriving or proof.arrival(seen.desired, seen.facts, source)
         packet = proof.Packet(source, destination, arriving)
         local = {item.address for link in seen.facts.links for item in link.addresses}
@@ -254,11 +265,15 @@ def _asker(kernel: Seams) -> Ask:
 
 def remove(args: argparse.Namespace) -> int:
     """Take away all that is ours. Needs no policy."""
-    from agent import reconcile  # noqa: PLC0415
+    from agent import reconcile, state  # noqa: PLC0415
     from agent.kernel import runtime  # noqa: PLC0415
 
     with _kernel(args) as kernel, runtime.lock("remove"):
+        pid = runtime.daemon_pid()
+        if pid is not None:
+            raise UsageError(f"remove: idmark run (pid {pid}) would put it back: stop that first")
         gone = reconcile.remove(kernel)
+        state.forget()
     print(gone.text, end="")
     print("removed" if gone.steps else "nothing of idmark's is here")
     return OK
@@ -272,6 +287,16 @@ def schema(args: argparse.Namespace) -> int:
     return OK
 
 
+def run(args: argparse.Namespace) -> int:
+    """The daemon: keep the policy in force, serve metrics."""
+    from agent import service  # noqa: PLC0415
+
+    listening = service.Listening(args.listen, args.certificate, args.key, args.client_ca)
+    with _kernel(args) as kernel:
+        service.run(args.policy, None if args.listen == "none" else listening, kernel)
+    return OK
+
+
 def lab(args: argparse.Namespace) -> int:
     """The lab's own words."""
     from agent.lab import cli  # noqa: PLC0415
@@ -280,6 +305,31 @@ def lab(args: argparse.Namespace) -> int:
 
 
 # --- what verbs share ------------------------------------------------------------------------------------------------
+
+
+def _down() -> Mapping[str, str]:
+    """Who counts as down, by the word of the daemon at work."""
+    from agent import ledger  # noqa: PLC0415
+
+    at_work = ledger.current()
+    return at_work.down if at_work else {}
+
+
+def _approved() -> Policy | None:
+    """The policy that was in force last; None before the first."""
+    from agent import state  # noqa: PLC0415
+
+    return state.load()
+
+
+def _keep_over_boot(policy: Policy) -> None:
+    """For `apply --approved` at the next boot. What is in force is in force, also where nothing can be written."""
+    from agent import state  # noqa: PLC0415
+
+    try:
+        state.save(policy)
+    except state.StateError as error:
+        _notes([str(error)])
 
 
 def _policy(args: argparse.Namespace, *, quiet: bool = False) -> Policy:
@@ -362,19 +412,20 @@ def _parser() -> argparse.ArgumentParser:
         "-c", "--policy", type=Path, default=DEFAULT_POLICY, metavar="POLICY", help=f"the policy ({DEFAULT_POLICY})"
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for run, words, options in (
+    for function, words, options in (
         (check, "check the policy alone; every fault", ("json",)),
         (render, "write ruleset.nft and routing.txt for review", ()),
         (plan, "show what apply would do, and its digest", ("json", "netns")),
         (apply, "put the policy in force", ("netns",)),
+        (run, "keep the policy in force whatever happens to the host, and serve metrics", ("netns",)),
         (status, "show identities, links, ways out and counters", ("json", "netns")),
         (explain, "show one packet's way step by step, and whether the kernel agrees", ("json", "netns")),
         (remove, "take away all that is idmark's; needs no policy", ("netns",)),
         (facts, "print what the policy needs to know of this host, for render --facts", ("netns",)),
         (schema, "print the policy's JSON Schema", ()),
     ):
-        verb = verbs.add_parser(run.__name__, help=words, description=f"{words[0].upper()}{words[1:]}.")
-        verb.set_defaults(run=run)
+        verb = verbs.add_parser(function.__name__, help=words, description=f"{words[0].upper()}{words[1:]}.")
+        verb.set_defaults(run=function)
         if "json" in options:
             verb.add_argument("--json", action="store_true", help="for a program")
         if "netns" in options:
@@ -392,6 +443,19 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
     verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
     verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
+    verbs["apply"].add_argument(
+        "--approved", action="store_true", help="not the file's policy, but the one in force last: for the boot"
+    )
+    metrics = verbs["run"].add_argument_group("metrics")
+    metrics.add_argument(
+        "--listen",
+        default="127.0.0.1:9473",
+        metavar="ADDRESS",
+        help="where: ADDRESS:PORT, unix:PATH or none (127.0.0.1:9473)",
+    )
+    metrics.add_argument("--certificate", type=Path, metavar="FILE", help="serve them by TLS, with this certificate")
+    metrics.add_argument("--key", type=Path, metavar="FILE", help="the certificate's private key")
+    metrics.add_argument("--client-ca", type=Path, metavar="FILE", help="let in only whom this CA has signed")
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")

@@ -35,6 +35,9 @@ _SPECIAL = {
         "ff00::/8": "multicast",
     }.items()
 }
+#: A duration: digits and a unit.
+DURATION = r"([0-9]{1,7})(ms|s|m|h)"
+
 _SPECIAL_OF = {family: [special for special in _SPECIAL.items() if special[0].family is family] for family in Family}
 
 
@@ -86,6 +89,36 @@ def _next_hop(text: str) -> Address:
     if (kind := _special(Prefix.host(address))) not in {None, "link-local"}:
         raise ValueError(f"is {kind}: it cannot be a next hop")
     return address
+
+
+def _probe_target(text: str) -> Address:
+    address = _address(text)
+    if kind := _special(Prefix.host(address)):
+        raise ValueError(f"is {kind}: it cannot be probed")
+    return address
+
+
+def _every(text: str) -> float:
+    """Seconds, from a duration with its unit."""
+    match = re.fullmatch(DURATION, text)
+    if match is None:
+        raise ValueError('is no duration: "500ms", "2s" and "1m" are')
+    seconds = int(match[1]) * {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}[match[2]] / 1000
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError("does not lie in 100ms..1h")
+    return seconds
+
+
+def _fail_after(count: int) -> int:
+    if not 1 <= count <= 100:
+        raise ValueError("does not lie in 1..100")
+    return count
+
+
+def _port(port: int) -> int:
+    if not 1 <= port <= 65535:
+        raise ValueError("is no port: 1..65535 is")
+    return port
 
 
 def _link(name: str) -> str:
@@ -165,6 +198,30 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class ProbeTable(_Table):
+    """A health check that the identity sends by its own link, from its own address."""
+
+    target: Annotated[Address, _text_as(_probe_target)] | None = Field(
+        description="The address that has to answer, somewhere behind the identity's link."
+    )
+    every: Annotated[float, _text_as(_every)] | None = Field(
+        default=2.0,
+        description='How often it is asked, from "100ms" to "1h"; it has as long to answer.',
+        json_schema_extra={"default": "2s", "pattern": f"^{DURATION}$"},
+    )
+    fail_after: Annotated[_Integer, AfterValidator(_fail_after)] | None = Field(
+        default=3,
+        description="So many without an answer in a row, and the identity counts as down; as many answered in a row, "
+        "and it is up again.",
+        json_schema_extra={"minimum": 1, "maximum": 100},
+    )
+    port: Annotated[_Integer, AfterValidator(_port)] | None = Field(
+        default=None,
+        description="Connect to this TCP port, rather than send ICMP echo requests.",
+        json_schema_extra={"minimum": 1, "maximum": 65535},
+    )
+
+
 class IdentityTable(_Table):
     """An identity: whose packets, and the road that they take."""
 
@@ -204,6 +261,14 @@ class IdentityTable(_Table):
         default=False, description="Translate members to this identity's own address as they leave by its link."
     )
     clamp_mss: bool | None = Field(default=False, description="Clamp the MSS of TCP SYNs to the path MTU of this link.")
+    probe: ProbeTable | None = Field(
+        default=None, description="A health check: a link that is up may have a dead far end. None by default."
+    )
+    flush_flows: bool | None = Field(
+        default=False,
+        description="Forget the identity's tracked connections when its road changes (conntrack), so that translated "
+        "ones are translated anew.",
+    )
 
 
 _KERNEL = Kernel()
@@ -262,7 +327,7 @@ class Document(_Table):
 
 
 #: The table that a key stands in, by the length of the key's path.
-_TABLES: dict[int, type[_Table]] = {1: Document, 2: KernelTable, 3: IdentityTable}
+_TABLES: dict[int, type[_Table]] = {1: Document, 2: KernelTable, 3: IdentityTable, 4: ProbeTable}
 
 
 def schema() -> dict[str, Any]:
@@ -272,6 +337,11 @@ def schema() -> dict[str, Any]:
 
 class _TomlSchema(GenerateJsonSchema):
     """A schema without null: TOML has none."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default", ...) is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])

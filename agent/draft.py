@@ -120,6 +120,11 @@ class Draft:
         self.kernel = document.kernel or KernelTable.model_validate(dict.fromkeys(KernelTable.model_fields))
         self.sources = [source for name, table in self.identities for source in self._read(name, table)]
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The policy, and the lists that it names, readable or not."""
+        return tuple(dict.fromkeys((self.file, *(source.file for source in self.sources))))
+
     def _read(self, name: str, table: IdentityTable) -> Iterator[Source]:
         if isinstance(table.addresses, list):
             own = {i: Prefix.host(address) for i, address in enumerate(table.addresses) if address is not None}

@@ -17,17 +17,21 @@ from agent.checks import CHECKS, WARNINGS
 from agent.document import read_document, schema
 from agent.draft import Draft, UnreadableError, read_text
 from agent.faults import Fault, in_order
-from agent.model import Fwmark, Identity, Kernel, Policy, sorted_addresses
+from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
 from agent.toml_lines import Lines
 
 __all__ = ["Fault", "PolicyError", "load", "schema"]
 
 
 class PolicyError(IdmarkError):
-    """A policy that can't be used. `faults` holds all that is wrong with it, sorted by file and line."""
+    """A policy that can't be used. `faults` holds all that is wrong with it, sorted by file and line.
 
-    def __init__(self, faults: Iterable[Fault]) -> None:
+    `files` is what it was read from, as far as that is known: the policy, and the lists that it names.
+    """
+
+    def __init__(self, faults: Iterable[Fault], files: tuple[str, ...]) -> None:
         self.faults = in_order(faults)
+        self.files = files
         super().__init__("\n".join(map(str, self.faults)))
 
     def lines(self) -> list[str]:
@@ -42,20 +46,20 @@ def load(path: Path) -> Policy:
         text = read_text(path)
         tables = tomllib.loads(text)
     except UnreadableError as error:
-        raise PolicyError([Fault(file, error.line, "", str(error))]) from error
+        raise PolicyError([Fault(file, error.line, "", str(error))], (file,)) from error
     except RecursionError as error:
-        raise PolicyError([Fault(file, None, "", "is not TOML: nested too deeply")]) from error
+        raise PolicyError([Fault(file, None, "", "is not TOML: nested too deeply")], (file,)) from error
     except ValueError as error:  # TOMLDecodeError, and int()'s own for a number of thousands of digits
-        raise PolicyError([_syntax_fault(file, text, str(error))]) from error
+        raise PolicyError([_syntax_fault(file, text, str(error))], (file,)) from error
     document, wrong = read_document(tables)
     draft = Draft(path, document, Lines(text))
     faults = [draft.fault(where, message) for where, message in wrong]
     faults += (fault for check in CHECKS for fault in check(draft))
     if faults:
-        raise PolicyError(faults)
+        raise PolicyError(faults, draft.files)
     policy = _policy(draft)
     warnings = in_order(fault for check in WARNINGS for fault in check(draft))
-    return replace(policy, digest=_digest(policy), warnings=tuple(map(str, warnings)))
+    return replace(policy, digest=_digest(policy), warnings=tuple(map(str, warnings)), files=draft.files)
 
 
 def _syntax_fault(file: str, text: str, message: str) -> Fault:
@@ -99,6 +103,8 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
         when_down=table.when_down,
         masquerade=table.masquerade,
         clamp_mss=table.clamp_mss,
+        probe=Probe(**dict(table.probe)) if table.probe else None,
+        flush_flows=table.flush_flows,
     )
 
 
@@ -125,6 +131,11 @@ def _canonical(policy: Policy) -> Iterator[str]:
             "masquerade": identity.masquerade,
             "clamp_mss": identity.clamp_mss,
         }
+        # Keys that came later stand here only if they say something: what was approved before has its old digest.
+        if identity.probe:
+            fields["probe"] = asdict(identity.probe) | {"target": str(identity.probe.target)}
+        if identity.flush_flows:
+            fields["flush_flows"] = True
         yield json.dumps(fields, sort_keys=True)
         for member in identity.members:
             yield f"{member.family} {member.address:x}/{member.length}"

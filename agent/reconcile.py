@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agent import IdmarkError, model, ruleset
 from agent import facts as host
-from agent.desired import Desired, desire
+from agent.desired import NOBODY, Desired, desire
 from agent.kernel import KernelError, runtime
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nft import Nft
@@ -27,6 +27,7 @@ from agent.plan import (
     ReplaceRoute,
     SetSrcValidMark,
     Step,
+    closes,
     plan,
     removal,
 )
@@ -38,6 +39,12 @@ class HostError(IdmarkError):
     def __init__(self, faults: tuple[str, ...]) -> None:
         super().__init__("; ".join(faults))
         self.faults = faults
+
+    @classmethod
+    def check(cls, desired: Desired) -> None:
+        """Raise it if there are faults."""
+        if desired.faults:
+            raise cls(desired.faults)
 
 
 class ApplyError(IdmarkError):
@@ -76,12 +83,13 @@ class Look:
         return (*self.desired.notes, *self.observed.notes)
 
 
-def look(policy: Policy, kernel: Seams) -> Look:
-    """Read the kernel and plan. Changes nothing. Raises KernelError, and HostError for a policy that can't be here."""
+def look(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> Look:
+    """Read the kernel and plan. Changes nothing. `down`: who counts as down, and why. Raises KernelError.
+
+    What the policy gets wrong about this host is in `desired.faults`; the identities concerned are closed in it.
+    """
     facts = host.take(policy, kernel.rtnl, kernel.sysctls)
-    desired = desire(policy, facts)
-    if desired.faults:
-        raise HostError(desired.faults)
+    desired = desire(policy, facts, down)
     tables = [identity.table for identity in policy.identities]
     observed = observe(kernel, policy.kernel.nft_table, facts, tables)
     return Look(facts, desired, observed, plan(desired, observed))
@@ -136,6 +144,23 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         if isinstance(error, KernelError):
             raise ApplyError(f"{error}; what was in force before still is") from error
         raise
+
+
+def mend(chosen: Plan, kernel: Seams) -> list[str]:
+    """Take the steps of a plan as far as they go, for whoever is going to look again: what could not be, in words.
+
+    One route that the kernel refuses is no reason to leave everything else as it is; without a step that keeps an
+    identity closed those behind it are not taken. Raises ApplyError for such a one.
+    """
+    left = []
+    for step in chosen.steps:
+        try:
+            _take(step, kernel)
+        except KernelError as error:
+            if closes(step):
+                raise ApplyError(str(error)) from error
+            left.append(str(error))
+    return left
 
 
 @contextmanager

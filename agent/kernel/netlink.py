@@ -17,6 +17,8 @@ NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 #: nlmsghdr: length, type, flags, sequence, port (linux/netlink.h).
 HEADER = struct.Struct("=IHHII")
+#: Bytes that one receive has room for: a dump comes in pieces of 32 KiB at most (net/netlink/af_netlink.c).
+DUMP_ROOM, ANSWER_ROOM = 1 << 17, 1 << 13
 #: How often a dump is asked for again that a change interrupted, and after how many seconds.
 ATTEMPTS, PAUSE = 40, 0.005
 
@@ -63,10 +65,11 @@ class Netlink:
         found: list[bytes] = []
         interrupted = False
         unpack, expected = HEADER.unpack_from, self._sequence  # this loop sees every route of a BGP table
+        room = DUMP_ROOM if flags & NLM_F_DUMP else ANSWER_ROOM
         try:
             self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
             while True:
-                data = self._socket.recv(1 << 17)
+                data = self._socket.recv(room)
                 offset = 0
                 while offset < len(data):
                     size, answer, flag, sequence, _ = unpack(data, offset)

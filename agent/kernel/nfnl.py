@@ -28,7 +28,7 @@ NLA_TYPE_MASK = 0x3FFF
 
 #: In each of these messages attribute 1 is the table's name, except that a table's own name is its attribute 1.
 OF_TABLE = 1
-TABLE_FLAGS = 2
+TABLE_FLAGS, TABLE_HANDLE = 2, 4
 NFT_TABLE_F_DORMANT = 0x1
 CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, CHAIN_TYPE = 3, 4, 5, 7
 HOOK_NUMBER, HOOK_PRIORITY = 1, 2
@@ -40,7 +40,7 @@ ELEMENT_KEY, ELEMENT_DATA, ELEMENT_FLAGS, ELEMENT_OBJECT = 1, 2, 3, 9
 NFT_SET_ELEM_INTERVAL_END = 0x1
 DATA_VALUE, DATA_VERDICT = 1, 2
 VERDICT_CODE, VERDICT_CHAIN = 1, 2
-OBJECT_NAME, OBJECT_TYPE, OBJECT_DATA = 2, 3, 4
+OBJECT_NAME, OBJECT_TYPE, OBJECT_DATA, OBJECT_HANDLE = 2, 3, 4, 6
 NFT_OBJECT_COUNTER = 1
 COUNTER_BYTES, COUNTER_PACKETS = 1, 2
 NFT_DATA_VERDICT = 0xFFFFFF00
@@ -98,14 +98,31 @@ class Nfnl:
         raise KernelError(f"read nft table inet {name}", f"somebody changed it while it was read, {ATTEMPTS} times")
 
     def counts(self, name: str) -> dict[str, Count]:
-        """The values of a table's counters by name; none without the table."""
-        found = {}
-        for item in self._dump(f"read the counters of nft table inet {name}", GETOBJ, name):
-            if _number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
-                values = _attributes(item[OBJECT_DATA])
-                count = Count(packets=_number(values[COUNTER_PACKETS]), bytes=_number(values[COUNTER_BYTES]))
-                found[_text(item[OBJECT_NAME])] = count
-        return found
+        """The values of a table's counters by name; none without the table.
+
+        The kernel numbers tables one after the other, and the objects of each table from 1: what `flush ruleset` took
+        away and somebody put back is told from what was there before by both numbers, and `Count.handle` holds both.
+        """
+        doing = f"read the counters of nft table inet {name}"
+        for _ in range(ATTEMPTS):
+            before = self._table_handle(name)
+            found = {}
+            for item in self._dump(doing, GETOBJ, name):
+                if _number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
+                    values = _attributes(item[OBJECT_DATA])
+                    found[_text(item[OBJECT_NAME])] = Count(
+                        packets=_number(values[COUNTER_PACKETS]),
+                        bytes=_number(values[COUNTER_BYTES]),
+                        handle=before << 64 | _number(item[OBJECT_HANDLE]),
+                    )
+            if self._table_handle(name) == before:
+                return found
+        raise KernelError(doing, f"somebody changed it while it was read, {ATTEMPTS} times")
+
+    def _table_handle(self, name: str) -> int:
+        """The kernel's number of a table, which no other one of this namespace gets; 0: there is no such table."""
+        doing = f"read the handle of nft table inet {name}"
+        return next((_number(item[TABLE_HANDLE]) for item in self._dump(doing, GETTABLE, name)), 0)
 
     def _table(self, name: str) -> Table | None:
         doing = f"read nft table inet {name}"

@@ -23,7 +23,9 @@ UNSHARE = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child"]
 AS_ROOT = ["-U", "--map-root-user"]
 #: ip-netns(8) keeps its names below /run, which without privilege can't be written to: the sandbox has its own.
 MARKER = Path("/run/idmark-sandbox")
-SETTLE = ["sh", "-c", f'mount -t tmpfs tmpfs /run && : > {MARKER} && exec "$@"', "sh"]
+#: Where the agent keeps what is to outlive a boot: here nothing is to outlive the sandbox.
+STATE = Path("/run/idmark-state")
+SETTLE = ["sh", "-c", f'mount -t tmpfs tmpfs /run && : > {MARKER} && STATE_DIRECTORY={STATE} exec "$@"', "sh"]
 #: Debian leaves these out of a user's PATH, and ip, nft and openvpn are there.
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.document import Document, IdentityTable, KernelTable
+from agent.document import Document, IdentityTable, KernelTable, ProbeTable
 from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
-from agent.model import Fwmark, Identity, Kernel, Policy, Prefix
+from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Probe
 from agent.policy import Fault, PolicyError, load, schema
 
 GOOD = """\
@@ -153,6 +153,60 @@ def test_fine(write: Write, policy: str) -> None:
     assert load(write(policy)).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("written", "every", "fail_after", "port"),
+    [
+        pytest.param("", 2.0, 3, None, id="defaults"),
+        pytest.param('every = "100ms", fail_after = 1, port = 1', 0.1, 1, 1, id="least"),
+        pytest.param('every = "1h", fail_after = 100, port = 65535', 3600.0, 100, 65535, id="most"),
+        pytest.param('every = "60m"', 3600.0, 3, None, id="minutes"),
+        pytest.param('every = "1500ms"', 1.5, 3, None, id="milliseconds"),
+    ],
+)
+def test_probe(write: Write, written: str, every: float, fail_after: int, port: int | None) -> None:
+    """A probe asks every so many seconds, by ICMP unless there is a port; an identity has none by default."""
+    inside, outside = load(write(probing(f'target = "192.0.2.53"{written and ", "}{written}'))).identities
+    assert inside.probe == Probe(IPv4Address("192.0.2.53"), every, fail_after, port)
+    assert outside.probe is None
+
+
+def probing(probe: str) -> str:
+    """The good policy with a probe of the first identity, in line 6."""
+    return changed(("id = 1", f"id = 1\nprobe = {{ {probe} }}"))
+
+
+def test_probe_of_auto(write: Write) -> None:
+    """An identity of "auto" addresses may get one of either family: any target will do."""
+    for target in ("192.0.2.53", "2001:db8::53"):
+        policy = load(write(changed(("id = 2", f'id = 2\nprobe = {{ target = "{target}" }}'))))
+        assert policy.identities[1].probe
+
+
+def test_files(write: Write) -> None:
+    """A policy tells what it was read from, each file once, whoever watches it for changes."""
+    members = 'addresses = "auto"\nmembers = ["file:more.txt", "file:lists/engineering.txt", "file:more.txt"]'
+    Path("more.txt").write_text("")
+    path = write(changed(('addresses = "auto"', members)), engineering="")
+    assert load(path).files == ("policy.toml", "lists/engineering.txt", "more.txt")
+
+
+@pytest.mark.parametrize(
+    ("policy", "files"),
+    [
+        pytest.param("x", ("policy.toml",), id="not-toml"),
+        pytest.param(changed(("id = 1", "id = 0")), ("policy.toml", "lists/engineering.txt"), id="sound-list"),
+        pytest.param(
+            GOOD.replace("engineering", "absent"), ("policy.toml", "lists/absent.txt"), id="list-that-is-not-there"
+        ),
+    ],
+)
+def test_files_of_a_faulty_policy(write: Write, policy: str, files: tuple[str, ...]) -> None:
+    """What was read, or could not be, is known of a policy with faults too: a change of it may be their end."""
+    with pytest.raises(PolicyError) as caught:
+        load(write(policy))
+    assert caught.value.files == files
+
+
 def test_id_at_lowest_bit(write: Write) -> None:
     """The fwmark of identity n is n, counted from the lowest bit of the mask."""
     policy = load(write(changed(("enforce = true", "mark_mask = 0x3c"))))
@@ -288,6 +342,82 @@ INSIDE = "policy.toml:5: identity.inside"
             "id = 0x1" + 40 * "0",
             [f"{INSIDE}.id: 0x1{40 * '0'} does not fit 64 bits"],
             id="id-huge",
+        ),
+        # probes
+        *(
+            pytest.param(
+                "id = 1",
+                f"id = 1\nprobe = {{ {probe} }}",
+                [f"policy.toml:6: identity.inside.probe{fault}"],
+                id=f"probe-{name}",
+            )
+            for name, probe, fault in [
+                ("empty", "", ".target: is missing"),
+                ("key", 'target = "192.0.2.53", evry = "2s"', '.evry: unknown key; did you mean "every"?'),
+                ("name", 'target = "dns.example.com"', ".target: dns.example.com is not an address"),
+                ("number", "target = 1", ".target: 1 must be a string, not an integer"),
+                ("network", 'target = "192.0.2.0/24"', '.target: 192.0.2.0/24 is not a plain address: leave out "/24"'),
+                ("loopback", 'target = "127.0.0.1"', ".target: 127.0.0.1 is loopback: it cannot be probed"),
+                ("link-local", 'target = "fe80::1"', ".target: fe80::1 is link-local: it cannot be probed"),
+                ("multicast", 'target = "224.0.0.1"', ".target: 224.0.0.1 is multicast: it cannot be probed"),
+                (
+                    "own",
+                    'target = "192.0.2.130"',
+                    ".target: 192.0.2.130 is an address of identity.inside (line 8): this gateway itself would answer",
+                ),
+                ("seconds", 'target = "192.0.2.53", every = 2', ".every: 2 must be a string, not an integer"),
+                (
+                    "unit",
+                    'target = "192.0.2.53", every = "2"',
+                    '.every: 2 is no duration: "500ms", "2s" and "1m" are',
+                ),
+                (
+                    "sign",
+                    'target = "192.0.2.53", every = "-2s"',
+                    '.every: -2s is no duration: "500ms", "2s" and "1m" are',
+                ),
+                ("often", 'target = "192.0.2.53", every = "99ms"', ".every: 99ms does not lie in 100ms..1h"),
+                ("seldom", 'target = "192.0.2.53", every = "61m"', ".every: 61m does not lie in 100ms..1h"),
+                ("none", 'target = "192.0.2.53", fail_after = 0', ".fail_after: 0 does not lie in 1..100"),
+                ("many", 'target = "192.0.2.53", fail_after = 101', ".fail_after: 101 does not lie in 1..100"),
+                ("port-0", 'target = "192.0.2.53", port = 0', ".port: 0 is no port: 1..65535 is"),
+                ("port-65536", 'target = "192.0.2.53", port = 65536', ".port: 65536 is no port: 1..65535 is"),
+                (
+                    "port-name",
+                    'target = "192.0.2.53", port = "https"',
+                    '.port: "https" must be an integer, not a string',
+                ),
+            ]
+        ),
+        pytest.param(
+            "id = 1",
+            'id = 1\nprobe = "192.0.2.53"',
+            ['policy.toml:6: identity.inside.probe: "192.0.2.53" must be a table, not a string'],
+            id="probe-string",
+        ),
+        pytest.param(
+            "id = 1",
+            "id = 1\nflush_flows = 1",
+            ["policy.toml:6: identity.inside.flush_flows: 1 must be true or false, not an integer"],
+            id="flush-flows-integer",
+        ),
+        pytest.param(
+            ADDRESSES,
+            'addresses = ["192.0.2.130"]\nprobe = { target = "2001:db8::53" }',
+            [
+                "policy.toml:8: identity.inside.probe.target: 2001:db8::53 cannot be probed: "
+                "the identity has no ipv6 address to ask from"
+            ],
+            id="probe-family",
+        ),
+        pytest.param(
+            ADDRESSES,
+            'probe = { target = "192.0.2.53" }',
+            [
+                "policy.toml:7: identity.inside.probe.target: 192.0.2.53 cannot be probed: "
+                "the identity has no ipv4 address to ask from"
+            ],
+            id="probe-of-members",
         ),
         # names
         pytest.param(
@@ -1014,6 +1144,12 @@ MEANINGS = {
     "when-down": changed(('when_down = "unreachable"', 'when_down = "main"')),
     "masquerade": changed(("id = 1", "id = 1\nmasquerade = true")),
     "clamp-mss": changed(("id = 1", "id = 1\nclamp_mss = true")),
+    "flush-flows": changed(("id = 1", "id = 1\nflush_flows = true")),
+    "probe": changed(("id = 1", 'id = 1\nprobe = { target = "192.0.2.53" }')),
+    "probe-target": changed(("id = 1", 'id = 1\nprobe = { target = "192.0.2.54" }')),
+    "probe-every": changed(("id = 1", 'id = 1\nprobe = { target = "192.0.2.53", every = "500ms" }')),
+    "probe-fail-after": changed(("id = 1", 'id = 1\nprobe = { target = "192.0.2.53", fail_after = 4 }')),
+    "probe-port": changed(("id = 1", 'id = 1\nprobe = { target = "192.0.2.53", port = 443 }')),
     "mark-mask": changed(("enforce = true", "mark_mask = 0x3f0000")),
     "table-base": changed(("enforce = true", "table_base = 5000")),
     "rule-priority": changed(("enforce = true", "rule_priority = 5000")),
@@ -1052,7 +1188,14 @@ def test_order_means_nothing(write: Write, tables: list[str], members: list[str]
 # --- any document ----------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(
-    [*Document.model_fields, *IdentityTable.model_fields, *KernelTable.model_fields, "words", "list"]
+    [
+        *Document.model_fields,
+        *IdentityTable.model_fields,
+        *KernelTable.model_fields,
+        *ProbeTable.model_fields,
+        "words",
+        "list",
+    ]
 )
 KEYS |= st.text(max_size=3)
 SCALARS = st.one_of(
@@ -1107,7 +1250,7 @@ def test_any_document(write: Write, document: dict[str, Any], identities: dict[s
 def test_schema_is_strict() -> None:
     """The schema names every key, what each is for, and allows no other."""
     tables = [schema(), *schema()["$defs"].values()]
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert table["additionalProperties"] is False
         assert all(key["description"] for key in table["properties"].values())

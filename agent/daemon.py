@@ -1,0 +1,184 @@
+"""The daemon: a pass whenever there is a reason to look, and another policy whenever there is one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+
+from agent import IdmarkError, state
+from agent.keeper import Keeper
+from agent.kernel import runtime
+from agent.kernel.wake import Wake
+from agent.metrics import Metrics
+from agent.model import Policy
+from agent.notify import Notify
+from agent.policy import PolicyError
+from agent.source import Source
+
+#: Signals that the daemon lives by.
+RELOAD, STOP = signal.SIGHUP, frozenset({signal.SIGTERM, signal.SIGINT})
+SIGNALS = frozenset({RELOAD, *STOP})
+#: Seconds between two looks that nobody asked for, and between two looks at the policy's files.
+RESYNC, FILES = 60.0, 1.0
+#: Seconds until the next try after trouble: doubled each time, up to the last.
+RETRY, RETRY_LAST = 0.05, 5.0
+#: A look that found nothing to do earns a rest of so many times its own length, seconds at most: a routing daemon may
+#: change main a thousand times a second, and none of it may be about us.
+REST, REST_LAST = 4.0, 0.5
+#: Seconds that a reload waits for another verb of idmark; and until a pass is tried again when there is one at work.
+PATIENCE, BUSY = 10.0, 0.05
+#: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
+HEALTHY = 120.0
+
+
+class Daemon:
+    """Keeps what a source gives in force in this thread's namespace, until a signal stops it; then it stays."""
+
+    def __init__(
+        self,
+        source: Source,
+        wake: Wake,
+        metrics: Metrics,
+        notify: Notify,
+        log: logging.Logger,
+        keeper: Callable[[Policy], Keeper],
+    ) -> None:
+        """Raises PolicyError if neither the file nor what was in force before the last boot can be used."""
+        self._source = source
+        self._wake = wake
+        self._metrics = metrics
+        self._notify = notify
+        self._log = log
+        self._keeper = keeper(self._first())
+        self._due = self._files_due = 0.0
+        self._retry = RETRY
+        self._deaf = 0.0
+        self._moved = True
+        self._trouble = ""
+        self._ready = False
+        self._alive = time.monotonic()
+
+    def is_ready(self) -> bool:
+        """Whether a first pass was made, without trouble."""
+        return self._ready
+
+    def is_healthy(self) -> bool:
+        """Whether the daemon has gone round not long ago."""
+        return time.monotonic() - self._alive < HEALTHY
+
+    def run(self) -> None:
+        """Returns when a signal says so."""
+        self._look()
+        self._keep_over_boot()
+        self._notify.ready()
+        while True:
+            now = self._alive = time.monotonic()
+            until = min(self._due, self._files_due, now + self._notify.interval)
+            woken = self._wake.wait(max(until - now, 0.0), self._deaf)
+            if woken.signals & STOP:
+                break
+            self._see_to_policy(told_to=RELOAD in woken.signals)
+            self._moved |= woken.moved
+            if woken.changed or woken.poked or time.monotonic() >= self._due:
+                self._look()
+            self._notify.watchdog()
+        self._notify.stopping()
+        self._log.info("stopped; policy %s stays in force", self._keeper.policy.digest[:12])
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    def _first(self) -> Policy:
+        try:
+            policy = self._source.read()
+        except PolicyError as error:
+            kept = state.load()
+            if kept is None:
+                raise
+            self._refused(error)
+            self._log.warning("policy %s was in force before, and is kept", kept.digest[:12])
+            return kept
+        self._accepted(policy)
+        return policy
+
+    def _see_to_policy(self, *, told_to: bool) -> None:
+        now = time.monotonic()
+        if now >= self._files_due or told_to:
+            self._files_due = now + FILES
+            if told_to or self._source.has_changed():
+                self._reload()
+            elif self._source.is_handed_over():
+                self._due = now
+
+    def _reload(self) -> None:
+        self._notify.reloading()
+        try:
+            policy = self._source.read()
+            if policy.digest != self._keeper.policy.digest:
+                with runtime.lock("run", PATIENCE):
+                    self._keeper.change(policy)
+                self._due = 0.0  # to see that all is as it should be
+        except IdmarkError as error:
+            self._refused(error)
+        else:
+            self._accepted(policy)
+            self._keep_over_boot()
+        self._notify.ready()
+
+    def _accepted(self, policy: Policy) -> None:
+        self._metrics.reloaded(time.time())
+        for warning in policy.warnings:
+            self._log.warning("%s", warning)
+
+    def _refused(self, error: IdmarkError) -> None:
+        self._metrics.not_reloaded()
+        for line in error.lines():
+            self._log.error("%s", line)
+
+    def _keep_over_boot(self) -> None:
+        """What is in force, for the next boot, and for whoever asks what was applied last."""
+        try:
+            self._source.keep(self._keeper.policy)
+            state.save(self._keeper.policy)
+        except IdmarkError as error:
+            self._log.warning("%s", error)
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        self._deaf = 0.0
+        try:
+            with runtime.lock("run", 0.0):
+                handed_over = self._source.handed_over()
+                if handed_over and handed_over.digest != self._keeper.policy.digest:
+                    self._keeper.take(handed_over)
+                    self._log.info("policy %s was applied: it is what is kept now", handed_over.digest[:12])
+                found = self._keeper.keep(moved=self._moved)
+        except runtime.BusyError:
+            self._due = began + BUSY
+            return
+        except IdmarkError as error:
+            self._metrics.failed()
+            if str(error) != self._trouble:
+                self._log.error("%s", error)
+            self._trouble = str(error)
+            self._try_again(began)
+            return
+        if self._trouble:
+            self._log.info("no longer: %s", self._trouble)
+        self._ready, self._moved, self._trouble = True, False, ""
+        now = time.monotonic()
+        if found.refused:
+            self._try_again(now)
+        else:
+            self._retry = RETRY
+            self._due = now + (RESYNC if found.held is None else found.held)
+        if not found.steps:
+            self._deaf = min(REST * (now - began), REST_LAST)
+        self._notify.status(found.status)
+
+    def _try_again(self, now: float) -> None:
+        self._due = now + self._retry
+        self._retry = min(self._retry * 2, RETRY_LAST)

@@ -1,0 +1,68 @@
+"""What the daemon tells the other verbs: since when it is at work, who counts as down and why, its last repairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from agent.kernel import runtime
+
+#: The file in the runtime directory, and how many repairs it holds.
+NAME, REPAIRS = "run.json", 20
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What was put right: when (seconds since the epoch), what kind of thing, and in words."""
+
+    at: float
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The daemon's state, as far as others need it. `down` are identities with the reason, `repairs` the last ones."""
+
+    pid: int
+    since: float
+    policy: str = ""
+    in_sync: bool = False
+    down: Mapping[str, str] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
+
+    def repaired(self, repair: Repair) -> Ledger:
+        """The ledger with one more repair, and without the oldest."""
+        return replace(self, repairs=(*self.repairs, repair)[-REPAIRS:])
+
+    def publish(self) -> None:
+        """Let the others read it. Raises KernelError."""
+        runtime.publish(NAME, self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "pid": self.pid,
+            "since": self.since,
+            "policy": self.policy,
+            "in_sync": self.in_sync,
+            "down": dict(self.down),
+            "repairs": [asdict(repair) for repair in self.repairs],
+        }
+
+
+def left() -> Ledger | None:
+    """The ledger of the daemon that is at work in this namespace, or that was. Raises KernelError."""
+    found = runtime.published(NAME)
+    if not found:
+        return None
+    try:
+        return Ledger(**{**found, "repairs": tuple(Repair(**repair) for repair in found["repairs"])})
+    except (TypeError, KeyError):  # of another version of the agent
+        return None
+
+
+def current() -> Ledger | None:
+    """The ledger of the daemon that is at work in this namespace; None while there is none. Raises KernelError."""
+    return left() if runtime.daemon_pid() is not None else None

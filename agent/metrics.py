@@ -1,0 +1,388 @@
+"""What Prometheus is told: the daemon's own doings as they happen, and the identities as the kernel has them at scrape.
+
+Names, labels and units are the public interface, and stand in the README.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from agent.carry import Carry
+from agent.desired import Desired, Standing
+from agent.kernel import KernelError
+from agent.kernel.martians import martian_sources
+from agent.kernel.nfnl import Nfnl
+from agent.kernel.rtnl import Rtnl
+from agent.model import Address, Count, Family, Lookup, Route, parse_address
+from agent.ruleset import COUNTS, counter_name
+
+_log = logging.getLogger(__name__)
+
+#: The kinds of the kernel's objects that are repaired, and fought over.
+KINDS = ("route", "rule", "nft", "sysctl")
+#: Seconds: a pass should take less than 0.1.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+#: Addresses that only a default leads to: nobody has them (RFC 7600, 6.1; RFC 6666).
+ANYWHERE: Mapping[Family, Address] = {Family.IPV4: parse_address("192.0.0.8"), Family.IPV6: parse_address("100::1")}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept in force, and which identities count as down besides; swapped as a whole."""
+
+    desired: Desired
+    down: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the kernel said at one scrape: counters by name, which links are up, which routes are as wanted."""
+
+    counts: Mapping[str, Count]
+    up: Mapping[str, bool]
+    route_ok: Mapping[tuple[str, Family], bool]
+
+
+class Metrics:
+    """What `run` tells Prometheus. Scrapes may come in several threads, in the namespace of who started these.
+
+    `carried` is the file from which counters go on after a restart. `notes` are what an operator should hear of.
+    """
+
+    def __init__(self, registry: CollectorRegistry, carried: Path) -> None:
+        # When a counter was made is of no use here, and it would be another series for each (process-wide switch).
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._in_sync = Gauge(
+            "idmark_in_sync", "1 if the last pass left the policy in force, 0 if not or not yet.", registry=registry
+        )
+        self._repairs = Counter(
+            "idmark_repairs", "Objects in the kernel that were put right, by kind.", ["kind"], registry=registry
+        )
+        self._fights = Counter(
+            "idmark_fights",
+            "Objects in the kernel that another program keeps changing back, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "idmark_reconcile_duration_seconds",
+            "How long a pass took: the kernel read, compared with the policy, and put right.",
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self._errors = Counter("idmark_reconcile_errors", "Passes that failed.", registry=registry)
+        self._reload_ok = Gauge(
+            "idmark_policy_last_reload_successful",
+            "1 if the policy file is what is kept in force, 0 if its last reading failed and the one before it is.",
+            registry=registry,
+        )
+        self._reloaded_at = Gauge(
+            "idmark_policy_last_reload_success_timestamp_seconds",
+            "When the policy was last read without a fault, in seconds since 1970.",
+            registry=registry,
+        )
+        for kind in KINDS:  # from the start, at 0: increase() doesn't see a first value
+            self._repairs.labels(kind)
+            self._fights.labels(kind)
+        self._kept: Kept | None = None
+        self._trouble = ""
+        # One scrape after the other: of two readings the older must not come in second, for a counter that was reset.
+        self._reading = threading.Lock()
+        self._carry = Carry(carried)
+        self.notes: tuple[str, ...] = ()
+        try:
+            self._carry.load()
+        except KernelError as error:
+            self.notes = (str(error),)
+        registry.register(self)
+
+    # --- what the daemon tells ---------------------------------------------------------------------------------------
+
+    def passed(self, seconds: float, in_sync: bool) -> None:
+        """A pass was made."""
+        self._duration.observe(seconds)
+        self._in_sync.set(in_sync)
+
+    def failed(self) -> None:
+        """A pass failed: nobody knows now whether the policy is in force."""
+        self._errors.inc()
+        self._in_sync.set(0)
+
+    def repaired(self, kind: str, count: int = 1) -> None:
+        """Objects of a kind were put right."""
+        self._repairs.labels(kind).inc(count)
+
+    def fought(self, kind: str) -> None:
+        """Another program fights with us over one more object."""
+        self._fights.labels(kind).inc()
+
+    def reloaded(self, at: float) -> None:
+        """The policy was read without a fault, at this time (seconds since 1970)."""
+        self._reload_ok.set(1)
+        self._reloaded_at.set(at)
+
+    def not_reloaded(self) -> None:
+        """The policy has faults: the one before it stays."""
+        self._reload_ok.set(0)
+
+    def keeps(self, desired: Desired, down: Mapping[str, str]) -> None:
+        """This is kept in force from now on."""
+        self._kept = Kept(desired, down)
+
+    def close(self) -> None:
+        """Remember the counters for the next start. Raises KernelError."""
+        with self._reading:
+            if self._kept:
+                try:
+                    with Nfnl() as nfnl:
+                        self._carry.totals(nfnl.counts(self._kept.desired.policy.kernel.nft_table))
+                finally:
+                    self._carry.save()
+
+    # --- what a scrape asks ------------------------------------------------------------------------------------------
+
+    def describe(self) -> Iterator[Metric]:
+        """The families of `collect`, without samples: the registry refuses a second one of a name."""
+        families = Families()
+        return iter((*families.of_identities, *families.others))
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the kernel. What can't be read is no zero: then there are no identities' samples at all."""
+        families = Families()
+        with self._reading:
+            started = time.monotonic()
+            kept = self._kept
+            trouble = "" if kept else "no pass was made yet"
+            try:
+                if kept:
+                    families.policy(kept.desired.policy.digest)
+                    families.identities(kept, self._read(kept))
+                families.martians(martian_sources())
+            except (KernelError, OSError) as error:
+                trouble = str(error)
+            families.scrape(success=not trouble, seconds=time.monotonic() - started)
+            if kept:
+                self._tell(trouble)
+        return iter((*(() if trouble else families.of_identities), *families.others))
+
+    def _tell(self, trouble: str) -> None:
+        """In the log, once."""
+        if trouble and trouble != self._trouble:
+            _log.warning("scrapes fail: %s", trouble)
+        elif self._trouble and not trouble:
+            _log.info("scrapes succeed again")
+        self._trouble = trouble
+
+    def _read(self, kept: Kept) -> Reading:
+        name = kept.desired.policy.kernel.nft_table
+        wanted = {
+            counter_name(standing.identity.name, family, count)
+            for standing in kept.desired.standings
+            for family, count in product(standing.families, COUNTS)
+        }
+        with Nfnl() as nfnl:
+            found = nfnl.counts(name)
+        missing = sorted(wanted - found.keys())
+        if missing:
+            raise KernelError(f"read the counters of nft table inet {name}", f"there is no {missing[0]}")
+        counts = self._carry.totals({counter: found[counter] for counter in sorted(wanted)})
+        if self._carry.changed:
+            self._save()
+        wanted_roads = roads(kept.desired)
+        with Rtnl() as rtnl:
+            links = {standing.identity.link for standing in kept.desired.standings}
+            return Reading(
+                counts=counts,
+                up={link: rtnl.is_up(link) for link in links},
+                route_ok={
+                    (standing.identity.name, family): all(
+                        agrees(wanted_roads[standing.identity.name, family], standing.identity.table, answer)
+                        for answer in _lookups(rtnl, standing, family)
+                    )
+                    for standing in kept.desired.standings
+                    for family in standing.families
+                },
+            )
+
+    def _save(self) -> None:
+        try:
+            self._carry.save()
+        except KernelError as error:
+            # The numbers are right until the next start: no reason to withhold them.
+            _log.warning("counters will not go on after a restart: %s", error)
+            self._carry.changed = False
+
+
+class Families:
+    """The metric families of one scrape."""
+
+    def __init__(self) -> None:
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        by_direction = ["identity", "family", "direction"]
+        by_action = ["identity", "family", "action"]
+        by_family = ["identity", "family"]
+        self.packets = counter(
+            "idmark_identity_packets",
+            "IP packets that left by the identity's own link, or arrived for it there.",
+            labels=by_direction,
+        )
+        self.bytes = counter(
+            "idmark_identity_bytes",
+            "Bytes of IP packets that left by the identity's own link, or arrived for it there.",
+            labels=by_direction,
+        )
+        self.misrouted_packets = counter(
+            "idmark_identity_misrouted_packets",
+            "IP packets that were about to leave by a link which is not the identity's: dropped, or only counted.",
+            labels=by_action,
+        )
+        self.misrouted_bytes = counter(
+            "idmark_identity_misrouted_bytes",
+            "Bytes of IP packets that were about to leave by a link which is not the identity's.",
+            labels=by_action,
+        )
+        self.diverted_packets = counter(
+            "idmark_identity_diverted_packets",
+            "IP packets that left by another road, because when_down says so.",
+            labels=by_family,
+        )
+        self.diverted_bytes = counter(
+            "idmark_identity_diverted_bytes",
+            "Bytes of IP packets that left by another road, because when_down says so.",
+            labels=by_family,
+        )
+        self.info = InfoMetricFamily("idmark_identity", "An identity's link, fwmark with its mask, and routing table.")
+        self.link_up = gauge(
+            "idmark_identity_link_up",
+            "1 if the identity's link is there, up and has a carrier.",
+            labels=["identity"],
+        )
+        self.route_ok = gauge(
+            "idmark_identity_route_ok",
+            "1 if the kernel's own route lookup leads where the policy wants it now: own link, detour, or nowhere.",
+            labels=by_family,
+        )
+        self.probe_success = gauge(
+            "idmark_identity_probe_success",
+            "0 while the identity counts as down because its probe is not answered.",
+            labels=["identity"],
+        )
+        self.policy_info = InfoMetricFamily("idmark_policy", "The digest of the policy that is kept in force.")
+        self.martian_sources = counter(
+            "idmark_martian_source_packets",
+            "IPv4 packets that rp_filter or an impossible source stopped, on the whole machine, in all namespaces.",
+        )
+        self.scrape_success = gauge("idmark_scrape_success", "1 if the kernel could be read for this scrape.")
+        self.scrape_duration = gauge("idmark_scrape_duration_seconds", "How long it took to read the kernel for it.")
+
+    @property
+    def of_identities(self) -> tuple[Metric, ...]:
+        """Those that have no samples when the kernel can't be read."""
+        return (
+            self.packets,
+            self.bytes,
+            self.misrouted_packets,
+            self.misrouted_bytes,
+            self.diverted_packets,
+            self.diverted_bytes,
+            self.info,
+            self.link_up,
+            self.route_ok,
+            self.probe_success,
+        )
+
+    @property
+    def others(self) -> tuple[Metric, ...]:
+        return (self.policy_info, self.martian_sources, self.scrape_success, self.scrape_duration)
+
+    def policy(self, digest: str) -> None:
+        """Which policy is kept."""
+        self.policy_info.add_metric([], {"digest": digest})
+
+    def identities(self, kept: Kept, reading: Reading) -> None:
+        """What the kernel said of every identity."""
+        for standing in kept.desired.standings:
+            identity = standing.identity
+            facts = {"link": identity.link, "fwmark": str(identity.fwmark), "table": str(identity.table)}
+            self.info.add_metric([], {"identity": identity.name, **facts})
+            self.link_up.add_metric([identity.name], reading.up[identity.link])
+            if identity.probe:
+                self.probe_success.add_metric([identity.name], identity.name not in kept.down)
+            for family in standing.families:
+                labels = [identity.name, family.value]
+                self.route_ok.add_metric(labels, reading.route_ok[identity.name, family])
+                count = {kind: reading.counts[counter_name(identity.name, family, kind)] for kind in COUNTS}
+                for direction in ("transmit", "receive"):
+                    self.packets.add_metric([*labels, direction], count[direction].packets)
+                    self.bytes.add_metric([*labels, direction], count[direction].bytes)
+                for action in ("dropped", "passed"):
+                    misrouted = count[f"misrouted-{action}"]
+                    self.misrouted_packets.add_metric([*labels, action], misrouted.packets)
+                    self.misrouted_bytes.add_metric([*labels, action], misrouted.bytes)
+                self.diverted_packets.add_metric(labels, count["diverted"].packets)
+                self.diverted_bytes.add_metric(labels, count["diverted"].bytes)
+
+    def martians(self, packets: int | None) -> None:
+        """The machine's count, where the kernel has one."""
+        if packets is not None:
+            self.martian_sources.add_metric([], packets)
+
+    def scrape(self, *, success: bool, seconds: float) -> None:
+        """How this scrape went."""
+        self.scrape_success.add_metric([], success)
+        self.scrape_duration.add_metric([], seconds)
+
+
+# --- does the kernel route as is wanted ------------------------------------------------------------------------------
+
+
+def roads(desired: Desired) -> dict[tuple[str, Family], Route | None]:
+    """The route that is wanted now to anywhere, by identity and family; None: the identity's table has none.
+
+    Of the routes that match the longest prefix wins, and then the smallest metric: so a detour's road counts while the
+    identity's own is closed, and the last route of the table when there is none left.
+    """
+    tables: dict[tuple[int, Family], list[Route]] = {}
+    for route in desired.routes:
+        if ANYWHERE[route.family] in route.destination:
+            tables.setdefault((route.table, route.family), []).append(route)
+    return {
+        (standing.identity.name, family): _best(tables.get((standing.identity.table, family), ()))
+        for standing in desired.standings
+        for family in standing.families
+    }
+
+
+def _best(routes: Iterable[Route]) -> Route | None:
+    return min(routes, key=lambda route: (-route.destination.length, route.metric), default=None)
+
+
+def agrees(wanted: Route | None, table: int, answer: Lookup) -> bool:
+    """Whether the kernel's answer is what is wanted of an identity's table."""
+    if wanted is None:  # when_down = "main": whatever the other tables say
+        return answer.table != table
+    if wanted.kind != "unicast":
+        return answer.link is None
+    return answer.table == table and answer.link in {hop.link for hop in wanted.hops}
+
+
+def _lookups(rtnl: Rtnl, standing: Standing, family: Family) -> Iterator[Lookup]:
+    """The kernel's answers to the mark alone, as for forwarded packets, and to an own address alone, as before it.
+
+    An address that this host doesn't have can't be asked for: IPv4 refuses it, whatever the routes (net/ipv4/route.c,
+    ip_route_output_key_hash_rcu). The way to one that it has is by lo.
+    """
+    yield rtnl.lookup(ANYWHERE[family], fwmark=standing.identity.fwmark.value)
+    for source in standing.own(family):
+        if rtnl.lookup(source).link == "lo":
+            yield rtnl.lookup(ANYWHERE[family], source=source)
+            return

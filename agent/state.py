@@ -1,0 +1,149 @@
+"""The last policy that was in force, kept over a reboot: identities are closed with it before the network comes up.
+
+One file, `applied.toml`, whole and self-contained: the lists that the policy named may have changed since. It comes in
+by the same door as every policy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from agent import IdmarkError, folder
+from agent.kernel import netns, runtime
+from agent.model import Identity, Policy, Probe
+from agent.policy import load as load_policy
+
+#: systemd's StateDirectory= sets $STATE_DIRECTORY.
+DEFAULT = Path("/var/lib/idmark")
+NAME = "applied.toml"
+HEAD = """\
+# The policy that was in force last, as idmark keeps it for the next boot. Not the file to edit: the next apply, and the
+# next reload of a changed policy, write it anew.
+"""
+
+
+class StateError(IdmarkError):
+    """The policy of last time could not be kept, or not be found out."""
+
+
+def save(policy: Policy) -> None:
+    """Keep a policy as the one in force; it is on disk when this returns. Raises StateError."""
+    base, name = _place()
+    path = base / (name or "") / NAME
+    try:
+        with folder.made(base, 0o750, name, 0o750) as place:
+            folder.put(place, NAME, text(policy).encode(), 0o640, durable=True)
+    except OSError as error:
+        raise StateError(f"keep the policy for the next boot in {path}: {error.strerror or error}") from error
+
+
+def load() -> Policy | None:
+    """The policy that was kept last; None: none was yet. Raises PolicyError for one that the door no longer lets in."""
+    base, name = _place()
+    path = base / (name or "") / NAME
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise StateError(f"look for the policy of last time in {path}: {error.strerror}") from error
+    return load_policy(path) if found else None
+
+
+def forget() -> None:
+    """Nothing is in force any more, and nothing shall be at the next boot. Raises StateError."""
+    base, name = _place()
+    path = base / (name or "") / NAME
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(f"forget the policy of last time in {path}: {error.strerror}") from error
+
+
+def _place() -> tuple[Path, str | None]:
+    """The folder, and which one in it, that belong to the network namespace of this thread.
+
+    The machine's own namespace has the folder itself, one with a name of ip-netns(8) a folder in it. One that has no
+    name, and isn't the machine's, will not be there after a boot: what is kept for it goes with the rest of /run.
+    """
+    base = Path(os.environ.get("STATE_DIRECTORY") or DEFAULT)
+    own = _number(Path("/proc/thread-self/ns/net"))
+    # Only who may trace process 1 gets to know its namespace: not the agent's own user. systemd started that one.
+    first = _number(Path("/proc/1/ns/net"))
+    if own == first:
+        return base, None
+    if name := _name(own):
+        return base, f"netns-{name}"
+    if first is None:
+        return base, None
+    place = runtime.directory()
+    return place.parent, place.name
+
+
+def _number(namespace: Path) -> tuple[int, int] | None:
+    """What tells a namespace from all others (namespaces(7)); None: it may not be asked for."""
+    try:
+        status = namespace.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _name(number: tuple[int, int] | None) -> str | None:
+    """The name that ip-netns(8) has for a namespace."""
+    names = sorted(netns.NAMES.iterdir()) if netns.NAMES.is_dir() else []
+    return next((path.name for path in names if _number(path) == number), None)
+
+
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+def text(policy: Policy) -> str:
+    """A policy as a file: every key that it has, all prefixes of its lists, one a line."""
+    return "".join(f"{line}\n" for line in _lines(policy))
+
+
+def _lines(policy: Policy) -> Iterator[str]:
+    yield HEAD.rstrip()
+    yield f"gateway = {_toml(policy.gateway)}"
+    yield f"downstream = {_toml('auto' if policy.downstream is None else policy.downstream)}"
+    for identity in policy.identities:
+        yield ""
+        yield from _identity_lines(identity)
+    yield ""
+    yield "[kernel]"
+    for key, value in asdict(policy.kernel).items():
+        yield f"{key} = {value:#x}" if key == "mark_mask" else f"{key} = {_toml(value)}"
+
+
+def _identity_lines(identity: Identity) -> Iterator[str]:
+    next_hop = identity.next_hop
+    yield f"[identity.{identity.name}]"
+    yield f"id = {identity.id}"
+    yield f"link = {_toml(identity.link)}"
+    yield f"addresses = {_toml('auto' if identity.addresses is None else [*map(str, identity.addresses)])}"
+    yield f"next_hop = {_toml(next_hop if isinstance(next_hop, str) else [*map(str, next_hop)])}"
+    yield f"when_down = {_toml(identity.when_down)}"
+    yield f"masquerade = {_toml(identity.masquerade)}"
+    yield f"clamp_mss = {_toml(identity.clamp_mss)}"
+    if identity.probe:
+        yield f"probe = {_probe(identity.probe)}"
+    if identity.flush_flows:
+        yield "flush_flows = true"
+    if identity.members:
+        yield "members = ["
+        yield from (f'    "{member}",' for member in identity.members)
+        yield "]"
+
+
+def _probe(probe: Probe) -> str:
+    port = "" if probe.port is None else f", port = {probe.port}"
+    every = f"{probe.every:.0f}s" if probe.every.is_integer() else f"{probe.every * 1000:.0f}ms"
+    return f'{{ target = "{probe.target}"{port}, every = "{every}", fail_after = {probe.fail_after} }}'
+
+
+def _toml(value: object) -> str:
+    # What JSON writes of texts, integers, booleans and lists is TOML, but for \ud83d\ude00: hence as it is.
+    return json.dumps(value, ensure_ascii=False)
