@@ -54,7 +54,9 @@ def _route_deleted(gw: Host, chance: random.Random) -> Fault:
 
 
 def _element_deleted(gw: Host, chance: random.Random) -> Fault:
-    sets = [item["set"] for item in gw.nft_json("list", "sets", "table", "inet", TABLE) if item.get("set", {}).get("elem")]
+    sets = [
+        item["set"] for item in gw.nft_json("list", "sets", "table", "inet", TABLE) if item.get("set", {}).get("elem")
+    ]
     one = chance.choice([each for each in sets if each["name"] in {"links", "marks"}])
     element = chance.choice(one["elem"])
     words = f'"{element}"' if isinstance(element, str) else str(element)

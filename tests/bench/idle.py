@@ -35,7 +35,9 @@ def main() -> int:
                 _cpu(peer.pid) + _of_children(peer.pid) - peer_cpu,
             )
             peer.kill()
-        print(f"{arguments.seconds} s: {cpu * 1000:.0f} ms of CPU time ({cpu / arguments.seconds:.3%} of one), ", end="")
+        print(
+            f"{arguments.seconds} s: {cpu * 1000:.0f} ms of CPU time ({cpu / arguments.seconds:.3%} of one), ", end=""
+        )
         print(f"{wakes / arguments.seconds:.1f} wake-ups a second")
         print(f"a shell that sleeps 0.05 s again and again: {peer_cpu * 1000:.0f} ms; ratio {cpu / peer_cpu:.2f}")
         if shutil.which("strace"):

@@ -1,7 +1,7 @@
 """How long until what somebody broke is whole again: `./dev bench repair`.
 
 Counted from before the command that breaks it is started until a look at the kernel finds nothing to do. Beside it, in
-the same run, what a person needs who has the reviewed files at hand: `nft -f` and `ip -batch`.
+the same run, what a person needs who has the reviewed ruleset at hand: `nft -f`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> int:
     every = sorted(time for times in took.values() for time in times)
     median, worst = statistics.median(every), every[-1]
     print(f"{'all':<26} {len(every):>4}  median {_ms(median)}  worst {_ms(worst)}")
-    print(f"median / a reload by hand (nft -f, {_ms(statistics.median(by_hand))}): {median / statistics.median(by_hand):.1f}")
+    print(
+        f"median / a reload by hand (nft -f, {_ms(statistics.median(by_hand))}): {median / statistics.median(by_hand):.1f}"
+    )
     print(f"{sent} packets sent meanwhile; leaked: {leaked or 'none'}")
     return int(median > 0.1 or worst > 0.5 or bool(leaked))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -380,3 +383,53 @@ def test_comments_of_rules_and_elements_are_listed_as_json(netns: Host) -> None:
     netns.nft(text.format("x" * 128))
     listed = json.dumps(netns.nft_json("list", "table", "inet", "t"))
     assert listed.count("x" * 128) == 2
+
+
+# --- a table with an owner -------------------------------------------------------------------------------------------
+
+#: linux/netfilter/nf_tables.h: enum nft_table_flags (`persist` since Linux 6.9).
+OWNER, PERSIST = 0x2, 0x4
+
+
+def owned(netns: Host, name: str, flags: int) -> socket.socket:
+    """Make a table that belongs to the socket that is given back; libnftables 1.0.6 can't say `persist`."""
+    sock = netns.open_socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+    batch = struct.pack(">BBH", 0, 0, 10)  # nfgenmsg: resource NFNL_SUBSYS_NFTABLES
+    attributes = _attribute(1, f"{name}\0".encode()) + _attribute(2, struct.pack(">I", flags))
+    messages = (
+        (16, 1, batch),  # NFNL_MSG_BATCH_BEGIN
+        (10 << 8, 0x401 | 4, struct.pack("=BBH", 1, 0, 0) + attributes),  # NFT_MSG_NEWTABLE, NLM_F_CREATE and _ACK
+        (17, 1, batch),
+    )
+    sock.send(b"".join(struct.pack("=IHHII", 16 + len(body), kind, flag, 1, 0) + body for kind, flag, body in messages))
+    (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
+    assert code == 0, os.strerror(-code)
+    return sock
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def test_an_owned_table_is_flushed_by_nobody(netns: Host) -> None:
+    """`flush ruleset` passes by a table that has an owner; and so does every other change of anybody else's.
+
+    Of anybody else's: also of another verb's of ours, and of an operator's `nft -f` of the reviewed text.
+    """
+    with owned(netns, "t", OWNER | PERSIST):
+        netns.run(["nft", "flush", "ruleset"])
+        assert netns.run(["nft", "list", "tables"]) == "table inet t\n"
+        for words in ("add chain inet t c", "delete table inet t"):
+            with pytest.raises(RuntimeError, match="Operation not permitted"):
+                netns.run(["nft", words])
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"), [(OWNER, ""), (OWNER | PERSIST, "table inet t\n")], ids=["owner", "persist"]
+)
+def test_an_owned_table_after_its_owner(netns: Host, flags: int, left: str) -> None:
+    """With its owner's end a table goes; with `persist` it stays, and is anybody's: the next flush takes it."""
+    owned(netns, "t", flags).close()
+    assert netns.run(["nft", "list", "tables"]) == left
+    netns.run(["nft", "flush", "ruleset"])
+    assert netns.run(["nft", "list", "tables"]) == ""
