@@ -23,6 +23,11 @@ class Carried:
     last_bytes: int
 
     @property
+    def before(self) -> tuple[int, int, int]:
+        """Which counter it is, and what had been counted when it began."""
+        return self.handle, self.packets, self.bytes
+
+    @property
     def total(self) -> Count:
         """What all of them together have counted."""
         return Count(self.packets + self.last_packets, self.bytes + self.last_bytes, self.handle)
@@ -32,10 +37,9 @@ def carry(known: Carried | None, now: Count) -> Carried:
     """What is known of a counter after it was read again: another one, or one that was reset, begins from 0."""
     if known is None:
         return Carried(now.handle, 0, 0, now.packets, now.bytes)
-    before = Count(known.packets, known.bytes)
-    if now.handle != known.handle or now.packets < known.last_packets or now.bytes < known.last_bytes:
-        before = known.total
-    return Carried(now.handle, before.packets, before.bytes, now.packets, now.bytes)
+    begins = now.handle != known.handle or now.packets < known.last_packets or now.bytes < known.last_bytes
+    had = known.total if begins else Count(known.packets, known.bytes)
+    return Carried(now.handle, had.packets, had.bytes, now.packets, now.bytes)
 
 
 class Carry:
@@ -62,11 +66,11 @@ class Carry:
         """What each counter and those before it have counted. `changed` says whether there is something to save."""
         found = {}
         for name, now in counts.items():
-            known = self._known.get(name)
-            self._known[name] = carry(known, now)
-            if known is None or known.handle != now.handle:
+            known, carried = self._known.get(name), carry(self._known.get(name), now)
+            if known is None or known.before != carried.before:
                 self.changed = True
-            found[name] = self._known[name].total
+            self._known[name] = carried
+            found[name] = carried.total
         return found
 
     def save(self) -> None:

@@ -153,11 +153,12 @@ def roads_changed(before: Desired, after: Desired) -> frozenset[str]:
     One that is closed now has no road that its connections could take: it is told when it opens again, whatever the
     road was before.
     """
+    known = {identity.name for identity in before.policy.identities}
+    roads = _roads(before)
     return frozenset(
         name
         for (name, family), road in _roads(after).items()
-        if road and name in {identity.name for identity in before.policy.identities}
-        if road != _roads(before).get((name, family))
+        if road and name in known and road != roads.get((name, family))
     )
 
 

@@ -124,10 +124,15 @@ def readable(folder: int, name: str) -> Iterator[int]:
 @contextmanager
 def lockable(folder: int, name: str) -> Iterator[int]:
     """The descriptor of a file that is there to be locked, and may be written to; it is made if need be."""
-    with suppress(FileExistsError), _new(folder, name, 0o600) as (_, new):
-        os.link(new, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with _held(os.open(name, flags, dir_fd=folder)) as descriptor:
+    try:
+        found = os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        # By a link, so that it appears with its owner, and is one file whoever else is making it.
+        with suppress(FileExistsError), _new(folder, name, 0o600) as (_, new):
+            os.link(new, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        found = os.open(name, flags, dir_fd=folder)
+    with _held(found) as descriptor:
         file, owner = os.fstat(descriptor), os.fstat(folder)
         # Root writes to it: a hard link to a file of root's must not pass.
         if not stat.S_ISREG(file.st_mode) or file.st_uid != owner.st_uid:

@@ -11,6 +11,7 @@ from agent import reconcile
 from agent.desired import Desired, roads_changed
 from agent.fights import WINDOW, Fights
 from agent.flows import flows_of
+from agent.kernel import KernelError
 from agent.kernel.conntrack import Conntrack
 from agent.ledger import Ledger, Repair
 from agent.metrics import Metrics
@@ -63,7 +64,9 @@ class Keeper:
         self._log = log
         self._fights = Fights()
         self._notes: tuple[str, ...] = ()
+        # What was in force when all was last; the one is forgotten with its policy, the other tells of roads.
         self._kept: Desired | None = None
+        self._roads: Desired | None = None
 
     def take(self, policy: Policy) -> None:
         """From the next pass on keep another policy, which is in force already. Raises KernelError."""
@@ -91,22 +94,26 @@ class Keeper:
         complete, down = False, self._prober.down
         try:
             look = reconcile.look(self.policy, self._kernel, down)
-            due = {step: self._fights.due(_key(step), began) - began for step in look.plan.steps}
-            steps = [step for step, wait in due.items() if wait <= 0]
-            left = reconcile.mend(Plan(tuple(steps)), self._kernel)
-            complete = len(steps) == len(due) and not left
+            waits = [self._fights.due(_key(step), began) - began for step in look.plan.steps]
+            steps = [step for step, wait in zip(look.plan.steps, waits, strict=True) if wait <= 0]
+            refused = [reconcile.mend(Plan((step,)), self._kernel) for step in steps]
+            left = [words for each in refused for words in each]
+            complete = len(steps) == len(waits) and not left
         finally:
             self._metrics.passed(time.monotonic() - began, complete)
             self._publish(replace(self.ledger, in_sync=complete, down=down))
         self._tell(look, left)
-        if steps:
-            self._report(steps, look.desired, moved=moved)
+        taken = [step for step, words in zip(steps, refused, strict=True) if not words]
+        if taken:
+            self._report(taken, look.desired, moved=moved)
+        # What is gone from now on somebody took away, also while there is something that can't be put right.
+        self._kept = look.desired
         if complete:
             self._forget_flows(look.desired)
-            self._kept = look.desired
+            self._roads = look.desired
         self._metrics.keeps(look.desired, down)
         self._prober.watch(checks(look.desired))
-        held = min((wait for wait in due.values() if wait > 0), default=None)
+        held = min((wait for wait in waits if wait > 0), default=None)
         return Pass(len(steps), held, bool(left), _status(look, complete))
 
     def _tell(self, look: Look, left: Sequence[str]) -> None:
@@ -150,12 +157,14 @@ class Keeper:
 
     def _forget_flows(self, desired: Desired) -> None:
         """Connections of who has another road now, where the policy wants them to begin anew."""
-        if self._kept is None:
-            return
-        for name in sorted(roads_changed(self._kept, desired)):
+        for name in sorted(roads_changed(self._roads, desired) if self._roads else ()):
             if desired.policy.identity(name).flush_flows:
-                count = Conntrack().forget(flows_of(name, desired))
-                self._log.info("identity %s has another road: %d of its connections are forgotten", name, count)
+                try:
+                    count = Conntrack().forget(flows_of(name, desired))
+                except KernelError as error:
+                    self._log.error("identity %s has another road, and its connections go on: %s", name, error)
+                else:
+                    self._log.info("identity %s has another road: %d of its connections are forgotten", name, count)
 
     def _publish(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -105,7 +105,11 @@ class Prober:
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
-            asked: dict[tuple[str, Probe], _Asked] = {}
+            # Who was down before this began is so until the first answers, whatever the probe was then.
+            asked = {
+                (check.identity, check.probe): _Asked(check, selector, self._down.get(check.identity, ""))
+                for check in self._checks
+            }
             while not self._closed:
                 due = min((each.due for each in asked.values()), default=None)
                 for key, _ in selector.select(None if due is None else max(0.0, due - _now())):
@@ -135,7 +139,7 @@ class Prober:
             if place in asked:
                 asked[place].check = check
             else:
-                asked[place] = _Asked(check, selector, self._down.get(check.identity, ""))
+                asked[place] = _Asked(check, selector)
         return {place: asked[place] for place in wanted}
 
     def _tell(self, asked: Iterable[_Asked]) -> None:
@@ -150,7 +154,7 @@ class _Asked:
     that one's time is over.
     """
 
-    def __init__(self, check: Check, selector: selectors.BaseSelector, why: str) -> None:
+    def __init__(self, check: Check, selector: selectors.BaseSelector, why: str = "") -> None:
         self.check = check
         self.record = Record(down=bool(why))
         self.why = why

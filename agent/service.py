@@ -47,7 +47,9 @@ class Listening:
 def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
     """Keep a policy in force until a signal says to stop. Raises PolicyError, KernelError."""
     log = _log()
-    threading.excepthook = lambda failed: log.error("internal error in %s, please report it: %r", failed.thread, failed.exc_value)
+    threading.excepthook = lambda failed: log.error(
+        "internal error in %s, please report it: %r", failed.thread, failed.exc_value
+    )
     with ExitStack() as stack:
         stack.enter_context(runtime.holding_run())
         wake = stack.enter_context(Wake(kernel.nfnl, SIGNALS))

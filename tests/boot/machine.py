@@ -59,7 +59,7 @@ systemd-sysusers --root="$PWD" idmark.conf
 cp -r "$SOURCE"/deploy/networkd/networkd.conf.d etc/systemd/
 cp "$SOURCE"/deploy/systemd/*.service "$UNITS"/*.service etc/systemd/system/
 cp -r "$UNITS"/*.service.d etc/systemd/system/
-systemctl --root="$PWD" enable idmark.service network.service
+systemctl --root="$PWD" enable idmark.service network.service nftables.service
 
 # No link is up, as when a machine is switched on; the far ends are.
 ip link set lo up

@@ -102,6 +102,16 @@ def test_ready_before_the_network(machine: Machine) -> None:
     assert before.endswith("\nactive\n")
 
 
+def test_beside_nftables_service(machine: Machine) -> None:
+    """nftables.service, which begins with "flush ruleset", is through when we begin; later we put back what it took."""
+    assert machine.run("systemctl is-active nftables && grep '^flush ruleset' /etc/nftables.conf")
+    assert "nftables.service" in machine.run("systemctl show idmark-early -P After")
+    before = ours(machine)
+    machine.run("systemctl restart nftables")
+    machine.wait("nft list table inet idmark && idmark plan")
+    assert ours(machine) == before
+
+
 def test_two_capabilities(machine: Machine) -> None:
     """It runs as its own user with two capabilities, and can get no others."""
     status = machine.run(f"cat /proc/{main_pid(machine)}/status")

@@ -116,9 +116,9 @@ def running(command: list[str], directory: Path, **environment: str) -> Iterator
         manager.bind(os.fspath(path))
         log = path.with_suffix(".log")
         stderr = stack.enter_context(log.open("wb"))
-        process = subprocess.Popen(
-            command, stderr=stderr, env={**os.environ, "NOTIFY_SOCKET": os.fspath(path), **environment}
-        )
+        # In a test the first process's namespace is the test's own: without a directory all tests would share one.
+        own = {"NOTIFY_SOCKET": os.fspath(path), "STATE_DIRECTORY": os.fspath(directory / "state")}
+        process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **own, **environment})
         listening = [word.removeprefix("unix:") for word in command if word.startswith("unix:")]
         started = Running(process, manager, log, Path(listening[0] if listening else os.devnull))
         try:
@@ -154,14 +154,14 @@ class Site:
     daemon: Running
     kernel: Seams
 
-    def plan(self) -> Plan:
-        """What there is to do for what the policy's file says, with the identities down that the daemon takes for so."""
+    def plan(self, file: Path | None = None) -> Plan:
+        """What there is to do for a file's policy, its own as a rule, with the identities down that the daemon says."""
         at_work = ledger.current()
-        return reconcile.look(load(self.admin.file), self.kernel, at_work.down if at_work else NOBODY).plan
+        return reconcile.look(load(file or self.admin.file), self.kernel, at_work.down if at_work else NOBODY).plan
 
-    def in_force(self) -> bool:
+    def in_force(self, file: Path | None = None) -> bool:
         """Whether there is nothing to do."""
-        return not self.plan().steps
+        return not self.plan(file).steps
 
     def said(self) -> str:
         """What is still to do, and the log: for a test that fails."""

@@ -17,7 +17,7 @@ from agent.model import Probe
 from agent.probes import Check, Prober, checks
 from tests.kernel.admin import Admin, policy_text
 from tests.kernel.conftest import Gateway
-from tests.kernel.net import CHOST, CORP, INSIDE, OUTSIDE, PATIENCE, WILD, Host
+from tests.kernel.net import CHOST, INSIDE, OUTSIDE, PATIENCE, WILD, Host
 from tests.kernel.test_facts_marking import both_families
 
 PORT = 853
@@ -180,7 +180,7 @@ def test_another_probe_begins_anew(gateway: Gateway, watch: Watch) -> None:
     dead(gateway.corp)
     watch.prober.watch([check("ipv4")])
     watch.until({"inside"})
-    watch.prober.watch([replace(check("ipv4"), probe=Probe(ip_address(CORP["ipv4"]), EVERY, FAIL_AFTER))])
+    watch.prober.watch([replace(check("ipv4"), probe=Probe(ip_address(CHOST["ipv4"]), EVERY, 100))])
     watch.until(set())
 
 

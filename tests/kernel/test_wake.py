@@ -20,7 +20,9 @@ LONG, SHORT = 10.0, 0.2
 @pytest.fixture
 def wake(netns: Host) -> Iterator[Wake]:
     """A wake in the test's namespace, which has one link."""
-    netns.ip_batch("link add near type veth peer name far\nlink set near up\nlink set far up\naddress add 192.0.2.1/24 dev near")
+    netns.ip_batch(
+        "link add near type veth peer name far\nlink set near up\nlink set far up\naddress add 192.0.2.1/24 dev near"
+    )
     netns.settle()
     with Nfnl() as nfnl, Wake(nfnl, {signal.SIGHUP, signal.SIGTERM}) as wake:
         yield wake

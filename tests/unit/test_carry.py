@@ -74,15 +74,15 @@ def test_removed_and_there_again(tmp_path: Path) -> None:
     assert second.totals({NAME: Count(1, 100, handle=9)}) == {NAME: Count(6, 600)}
 
 
-def test_saved_when_a_handle_changes(tmp_path: Path) -> None:
-    """There is something to save when a counter is new or another one, not when it only counts on."""
+def test_when_to_save(tmp_path: Path) -> None:
+    """There is something to save when a counter is new, another one or was reset, not when it only counts on."""
     counters = Carry(tmp_path / "counters.json")
     changes = []
-    for count in (Count(5, 500, handle=1), Count(6, 600, handle=1), Count(0, 0, handle=2)):
+    for count in (Count(5, 500, handle=1), Count(6, 600, handle=1), Count(0, 0, handle=1), Count(0, 0, handle=2)):
         counters.totals({NAME: count})
         changes.append(counters.changed)
         counters.save()
-    assert changes == [True, False, True]
+    assert changes == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
