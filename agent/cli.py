@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from agent import IdmarkError
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
 OK, DIFFERS, TROUBLE = 0, 1, 2
+#: The verbs that may be caught in the middle of something.
+CHANGING = frozenset({"apply", "remove"})
 CAP_NET_ADMIN = 12
 #: How often apply looks whether there is something left to do: a host may be in motion while it works.
 PASSES = 3
@@ -50,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
     except (KeyboardInterrupt, _Stopped) as error:
         ended_by = error.number if isinstance(error, _Stopped) else int(signal.SIGINT)
-        _trouble([f"idmark: {args.verb}: interrupted; idmark plan tells what is in force"])
+        if args.verb in CHANGING:
+            _trouble([f"idmark: {args.verb}: interrupted; idmark plan tells what is in force"])
         return 128 + ended_by
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more at exit.
@@ -206,18 +209,28 @@ def apply(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     """Identities, links, ways out, counters, differences."""
-    from agent import ledger  # noqa: PLC0415
-    from agent.reconcile import look  # noqa: PLC0415
-    from agent.status import report, text  # noqa: PLC0415
+    from agent.status import text  # noqa: PLC0415
 
     policy = _policy(args, quiet=args.json)
     with _kernel(args) as kernel:
-        seen = look(policy, kernel, _down())
-        found = report(policy, seen, kernel.nfnl.counts(policy.kernel.nft_table))
-        at_work = ledger.current()
-        found["daemon"] = at_work and at_work.plain()
+        if args.watch:
+            from agent import watch  # noqa: PLC0415
+
+            watch.show(lambda: _report(policy, kernel))
+        found = _report(policy, kernel)
     print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
     return OK if found["in_force"] else DIFFERS
+
+
+def _report(policy: Policy, kernel: Seams) -> dict[str, Any]:
+    from agent import ledger  # noqa: PLC0415
+    from agent.reconcile import look  # noqa: PLC0415
+    from agent.status import report  # noqa: PLC0415
+
+    seen = look(policy, kernel, _down())
+    at_work = ledger.current()
+    counts = kernel.nfnl.counts(policy.kernel.nft_table)
+    return {**report(policy, seen, counts), "daemon": at_work and at_work.plain()}
 
 
 def explain(args: argparse.Namespace) -> int:
@@ -443,6 +456,7 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
     verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
     verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
+    verbs["status"].add_argument("--watch", action="store_true", help="live, in this terminal, until Ctrl-C")
     verbs["apply"].add_argument(
         "--approved", action="store_true", help="not the file's policy, but the one in force last: for the boot"
     )

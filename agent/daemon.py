@@ -40,10 +40,11 @@ class Daemon:
         self,
         source: Source,
         wake: Wake,
+        keeper: Callable[[Policy], Keeper],
+        *,
         metrics: Metrics,
         notify: Notify,
         log: logging.Logger,
-        keeper: Callable[[Policy], Keeper],
     ) -> None:
         """Raises PolicyError if neither the file nor what was in force before the last boot can be used."""
         self._source = source

@@ -53,7 +53,7 @@ class Keeper:
     """
 
     def __init__(
-        self, policy: Policy, kernel: Seams, prober: Prober, metrics: Metrics, ledger: Ledger, log: logging.Logger
+        self, policy: Policy, kernel: Seams, prober: Prober, *, metrics: Metrics, ledger: Ledger, log: logging.Logger
     ) -> None:
         self.policy = policy
         self.ledger = replace(ledger, policy=policy.digest)
@@ -86,7 +86,7 @@ class Keeper:
         self._log.info("policy %s is in force: %s", policy.digest[:12], _in_short(look.plan.steps) or "no change")
 
     def keep(self, *, moved: bool) -> Pass:
-        """One pass. `moved`: links or addresses did, which takes things of ours along, and that is nobody's fault.
+        """One pass. `moved`: links or addresses did, which takes routes along, and that is nobody's fault.
 
         Raises KernelError, and ApplyError for a step without which those behind it would not be right.
         """
@@ -130,14 +130,22 @@ class Keeper:
             self._log.info("nobody has undone this for %d minutes: %s", WINDOW // 60, key)
 
     def _report(self, steps: Sequence[Step], desired: Desired, *, moved: bool) -> None:
-        if desired != self._kept:
-            words = _in_short(steps)
+        """Tell what was done: for the host moves on, or because somebody had undone it."""
+        weather = {"route", "sysctl"} if moved else set()
+        undone = [step for step in steps if desired == self._kept and kind(step) not in weather]
+        followed = [step for step in steps if step not in undone]
+        if followed:
+            words = _in_short(followed)
             self._log.info("%s: %s", "put in force" if self._kept is None else "followed the host", words)
             self._publish(self.ledger.repaired(Repair(time.time(), "follow", words)))
-            return
+        if undone:
+            self._repaired(undone)
+
+    def _repaired(self, steps: Sequence[Step]) -> None:
         now = time.monotonic()
-        fresh = [step for step in steps if not self._fights.fighting(_key(step))]
-        begun = [step for step in steps if not moved and self._fights.repaired(_key(step), now)]
+        known = [step for step in steps if self._fights.fighting(_key(step))]
+        begun = [step for step in steps if self._fights.repaired(_key(step), now)]
+        quiet = [step for step in steps if step not in (*known, *begun)]
         for step in steps:
             self._metrics.repaired(kind(step))
         for step in begun:
@@ -148,10 +156,9 @@ class Keeper:
                 _key(step),
                 ADVICE[kind(step)],
             )
-        quiet = [step for step in fresh if step not in begun]
         if quiet:
             self._log.warning("repaired: %s", _in_short(quiet))
-        if fresh:
+        if quiet or begun:
             kinds = ", ".join(dict.fromkeys(map(kind, steps)))
             self._publish(self.ledger.repaired(Repair(time.time(), kinds, _in_short(steps))))
 

@@ -14,7 +14,7 @@ from typing import TextIO
 class Notify:
     """What is told to the manager that $NOTIFY_SOCKET names; without one nothing is said.
 
-    A manager that can't be told is no reason to wait, nor not to go on: the log says so once, and the next message is tried.
+    A manager that can't be told is no reason to wait or to end: the log says so once, and the next message is tried.
     """
 
     def __init__(self, log: logging.Logger, environment: Mapping[str, str] = os.environ) -> None:

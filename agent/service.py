@@ -64,9 +64,9 @@ def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
         book = Ledger(os.getpid(), time.time(), repairs=before.repairs if before else ())
 
         def keeper(first: Policy) -> Keeper:
-            return Keeper(first, kernel, prober, metrics, book, log)
+            return Keeper(first, kernel, prober, metrics=metrics, ledger=book, log=log)
 
-        daemon = Daemon(Source(policy), wake, metrics, Notify(log), log, keeper)
+        daemon = Daemon(Source(policy), wake, keeper, metrics=metrics, notify=Notify(log), log=log)
         if listening:
             stack.enter_context(_served(listening, registry, daemon, log))
         daemon.run()
@@ -74,7 +74,7 @@ def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
 
 @contextmanager
 def _served(listening: Listening, registry: CollectorRegistry, daemon: Daemon, log: logging.Logger) -> Iterator[None]:
-    """Serve metrics meanwhile, and from when on it can be: an address that is taken is no reason to leave a host open."""
+    """Serve metrics meanwhile, from when on that can be: an address that is taken leaves no host open."""
     ended = threading.Event()
 
     def serve() -> None:

@@ -1,4 +1,4 @@
-"""When to look again: rtnetlink's announcements, the ruleset's generation, signals, other threads; never what happened."""
+"""When to look again, and never why: rtnetlink's announcements, the ruleset's generation, signals, other threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.kernel.netlink import HEADER, SOL_NETLINK
 from agent.kernel.nfnl import Nfnl
 
 NETLINK_ADD_MEMBERSHIP = 1
-#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE.
+#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, then IFADDR, ROUTE and RULE of IPv4 and of IPv6.
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 #: RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR.
 MOVES = frozenset({16, 17, 20, 21})

@@ -86,6 +86,7 @@ def shell(host: str, command: list[str]) -> NoReturn:
     interactive = [bash, "--noprofile", "--norc"] if bash else ["sh"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("IDMARK")}
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), sandbox.path_with_sbin()])
+    environment["STATE_DIRECTORY"] = str(sandbox.STATE)
     environment["PS1"] = f"{host}:\\w# " if bash else f"{host}# "
     words = ["nsenter", *enter, "ip", "netns", "exec", host, "env", "-C", os.getcwd(), *(command or interactive)]
     os.execvpe(words[0], words, environment)  # noqa: S606

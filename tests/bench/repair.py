@@ -59,9 +59,8 @@ def main() -> int:
     every = sorted(time for times in took.values() for time in times)
     median, worst = statistics.median(every), every[-1]
     print(f"{'all':<26} {len(every):>4}  median {_ms(median)}  worst {_ms(worst)}")
-    print(
-        f"median / a reload by hand (nft -f, {_ms(statistics.median(by_hand))}): {median / statistics.median(by_hand):.1f}"
-    )
+    reload = statistics.median(by_hand)
+    print(f"median / a reload by hand (nft -f, {_ms(reload)}): {median / reload:.1f}")
     print(f"{sent} packets sent meanwhile; leaked: {leaked or 'none'}")
     return int(median > 0.1 or worst > 0.5 or bool(leaked))
 

@@ -68,7 +68,7 @@ def test_a_manager_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture
         pytest.param({}, None, id="none"),
         pytest.param({"WATCHDOG_USEC": "30000000"}, 30.0, id="for-us"),
         pytest.param({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, 30.0, id="for-this-pid"),
-        pytest.param({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None, id="for-another"),
+        pytest.param({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid() + 1)}, None, id="for-another"),
         pytest.param({"WATCHDOG_USEC": "0"}, None, id="zero"),
         pytest.param({"WATCHDOG_USEC": "soon"}, None, id="garbage"),
     ],

@@ -614,7 +614,7 @@ def test_foreign_route_in_our_table() -> None:
 
 
 def test_removal_in_order() -> None:
-    """Removal goes backwards: whoever has no mark is let go, then marks, rules, routes with the last at the end, sysctls."""
+    """Removal goes backwards: whoever has no mark is let go; marks, rules, routes with the last ones last, sysctls."""
     observed = replace(IN_FORCE, other_tables=("idmark_old",), src_valid_mark_ours=frozenset({"vpn0"}))
     refusing, around, landing, first, second, *others = removal(observed).steps
     assert [step.rule.action for step in (refusing, around, landing) if isinstance(step, DeleteRule)] == [
