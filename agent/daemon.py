@@ -26,7 +26,7 @@ RESYNC, FILES = 60.0, 1.0
 RETRY, RETRY_LAST = 0.05, 5.0
 #: A look that found nothing to do earns a rest of so many times its own length, seconds at most: a routing daemon may
 #: change main a thousand times a second, and none of it may be about us.
-REST, REST_LAST = 4.0, 0.5
+REST, REST_LAST = 4.0, 1.0
 #: Seconds that a reload waits for another verb of idmark; and until a pass is tried again when there is one at work.
 PATIENCE, BUSY = 10.0, 0.05
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
@@ -72,8 +72,6 @@ class Daemon:
     def run(self) -> None:
         """Returns when a signal says so."""
         self._look()
-        self._keep_over_boot()
-        self._notify.ready()
         while True:
             now = self._alive = time.monotonic()
             until = min(self._due, self._files_due, now + self._notify.interval)
@@ -169,7 +167,7 @@ class Daemon:
             return
         if self._trouble:
             self._log.info("no longer: %s", self._trouble)
-        self._ready, self._moved, self._trouble = True, False, ""
+        self._moved, self._trouble = False, ""
         now = time.monotonic()
         if found.refused:
             self._try_again(now)
@@ -179,6 +177,10 @@ class Daemon:
         if not found.steps:
             self._deaf = min(REST * (now - began), REST_LAST)
         self._notify.status(found.status)
+        if not self._ready:
+            self._ready = True
+            self._keep_over_boot()
+            self._notify.ready()
 
     def _try_again(self, now: float) -> None:
         self._due = now + self._retry
