@@ -17,8 +17,9 @@ from agent.kernel.netlink import HEADER, SOL_NETLINK
 from agent.kernel.nfnl import Nfnl
 
 NETLINK_ADD_MEMBERSHIP = 1
-#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, then IFADDR, ROUTE and RULE of IPv4 and of IPv6.
-GROUPS = (1, 5, 7, 8, 9, 11, 19)
+#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, then IFADDR, ROUTE and RULE of IPv4 and of IPv6; and IPV4_NETCONF,
+#: which tells of rp_filter, but not of src_valid_mark (net/ipv4/devinet.c, devinet_conf_proc).
+GROUPS = (1, 5, 7, 8, 9, 11, 19, 24)
 #: RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR.
 MOVES = frozenset({16, 17, 20, 21})
 #: Seconds between two looks at the ruleset's generation. A subscription to nf_tables would be told at once, and would

@@ -27,7 +27,7 @@ from tests.kernel.admin import Admin
 from tests.kernel.net import Events
 
 #: Seconds until something that must come is given up.
-PATIENCE = float(os.environ.get("XP", "20"))
+PATIENCE = 20.0
 #: Seconds in which a daemon that has something to do would have begun to.
 QUIET = 0.15
 #: linux/rtnetlink.h: RTNLGRP_IPV4_ROUTE and _RULE, and IPv6's; and the types of what is announced there.
@@ -105,7 +105,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: list[str], directory: Path, **environment: str) -> Iterator[Running]:
+def running(command: list[str], directory: Path, *, until_ready: bool = True, **environment: str) -> Iterator[Running]:
     """Start a daemon, wait until it is ready, and see that it ends with the block.
 
     A daemon that logged a fault of its own has failed, whatever else it did.
@@ -122,7 +122,8 @@ def running(command: list[str], directory: Path, **environment: str) -> Iterator
         listening = [word.removeprefix("unix:") for word in command if word.startswith("unix:")]
         started = Running(process, manager, log, Path(listening[0] if listening else os.devnull))
         try:
-            started.told("READY=1")
+            if until_ready:
+                started.told("READY=1")
             yield started
         finally:
             if process.poll() is None:
@@ -206,12 +207,12 @@ class Watch:
 
 
 @contextlib.contextmanager
-def kept(admin: Admin, text: str = "", *words: str, **environment: str) -> Iterator[Site]:
+def kept(admin: Admin, text: str = "", *words: str) -> Iterator[Site]:
     """A daemon that keeps a policy, the one in the file if none is given, until the block ends; `words` are `run`'s."""
     if text:
         admin.file.write_text(text)
     where = admin.directory / "metrics.sock"
     command = admin.command("run", "--listen", f"unix:{where}", *words)
-    with reconcile.opened() as kernel, running(command, admin.directory, **environment) as daemon:
+    with reconcile.opened() as kernel, running(command, admin.directory) as daemon:
         assert eventually(where.exists)
         yield Site(admin, daemon, kernel)

@@ -59,7 +59,7 @@ def settled(site: Site) -> bool:
 
 
 def test_address_replaced(admin: Admin) -> None:
-    """As by DHCP: the new address comes into rules and maps in the pass in which the old one goes, and in one commit."""
+    """As by DHCP: the new address comes into rules and maps in the pass in which the old one goes: one commit."""
     with kept(admin, POLICY) as site, site.watched() as watch:
         with site.daemon.stopped():
             admin.host.ip_batch(f"""
@@ -144,7 +144,8 @@ def test_slaac(admin: Admin, far: Host) -> None:
         assert eventually(lambda: made().keys() <= sources(site).keys() & rule_sources(site)), site.said()
         assert {sources(site)[address] for address in made()} == {"outside"}
         router = next(
-            each["local"] for each in far.ip_json("-6", "address", "show", "dev", "wan")[0]["addr_info"]
+            each["local"]
+            for each in far.ip_json("-6", "address", "show", "dev", "wan")[0]["addr_info"]
             if each["scope"] == "link"
         )
         assert eventually(lambda: str(site.road(WILD["ipv6"], OUTSIDE["ipv6"]).via) == router), site.said()
@@ -165,30 +166,28 @@ def test_better_default(admin: Admin) -> None:
     """Of several defaults on the link the one of the smallest metric is followed; when it goes, the next."""
     host = admin.host
     with kept(admin, POLICY) as site:
-        host.ip(*"route replace default via 203.0.113.1 dev wan metric 100".split())
-        host.ip(*"route delete default via 203.0.113.1 dev wan metric 0".split())
-        host.ip(*"route add default via 203.0.113.9 dev wan metric 50".split())
+        host.ip_batch("route replace default via 203.0.113.1 dev wan metric 100")
+        host.ip_batch("route delete default via 203.0.113.1 dev wan metric 0")
+        host.ip_batch("route add default via 203.0.113.9 dev wan metric 50")
         assert eventually(lambda: str(site.road(WILD["ipv4"], OUTSIDE["ipv4"]).via) == "203.0.113.9"), site.said()
-        host.ip(*"route delete default via 203.0.113.9 dev wan metric 50".split())
+        host.ip_batch("route delete default via 203.0.113.9 dev wan metric 50")
         assert eventually(lambda: str(site.road(WILD["ipv4"], OUTSIDE["ipv4"]).via) == "203.0.113.1"), site.said()
-        host.ip(*"route replace default via 203.0.113.5 dev wan metric 100".split())
+        host.ip_batch("route replace default via 203.0.113.5 dev wan metric 100")
         assert eventually(lambda: str(site.road(WILD["ipv4"], OUTSIDE["ipv4"]).via) == "203.0.113.5"), site.said()
         assert site.road(WILD["ipv4"], OUTSIDE["ipv4"]).table == 4002
-        host.ip(*"route delete default".split())
+        host.ip_batch("route delete default")
         assert eventually(lambda: bool(site.road(WILD["ipv4"], OUTSIDE["ipv4"]).error)), site.said()
         assert settled(site), site.said()
         assert site.daemon.metric("idmark_repairs_total") == 0
 
 
-@pytest.mark.parametrize(
-    "downstream", [pytest.param(["lan"], id="by-name"), pytest.param(None, id="auto")]
-)
+@pytest.mark.parametrize("downstream", [pytest.param(["lan"], id="by-name"), pytest.param(None, id="auto")])
 def test_downstream(admin: Admin, downstream: list[str] | None) -> None:
-    """Routes to the hosts behind the gateway come to every identity, and go: by name all of them, else connected ones."""
+    """Routes to the hosts behind the gateway come to every identity, and go: by name all, else connected ones."""
     host = admin.host
     with kept(admin, policy_text(downstream=downstream)) as site:
         if downstream:
-            host.ip(*"route add 10.50.0.0/16 via 10.9.0.5 dev lan".split())
+            host.ip_batch("route add 10.50.0.0/16 via 10.9.0.5 dev lan")
         else:
             host.ip_batch("""
                 link add br0 type bridge
@@ -221,6 +220,16 @@ def test_link_renamed(admin: Admin) -> None:
         assert eventually(lambda: site.road(WILD["ipv4"], INSIDE["ipv4"]).link == "vpn0"), site.said()
         assert settled(site), site.said()
         assert host.sysctl("net/ipv4/conf/vpn0/src_valid_mark") == 1
+
+
+def test_strict_rp_filter(admin: Admin) -> None:
+    """rp_filter that becomes strict, as by `sysctl --system`, is noticed: src_valid_mark is set; and cleared."""
+    host = admin.host
+    with kept(admin, POLICY) as site:
+        for strict in (1, 0):
+            host.sysctl("net/ipv4/conf/all/rp_filter", strict)
+            assert eventually(lambda: host.sysctl("net/ipv4/conf/vpn0/src_valid_mark") == strict), site.said()  # noqa: B023
+            assert settled(site), site.said()
 
 
 def test_link_made_anew(admin: Admin, far: Host) -> None:
@@ -308,7 +317,9 @@ def with_probe(text: str, probe: dict[str, object]) -> str:
     return text.replace("[identity.inside]\n", f"[identity.inside]\nprobe = {toml(probe)}\n")
 
 
-DROPS = 'table inet t { chain c { type filter hook prerouting priority -300; iifname "gw" ip daddr 192.0.2.50 drop; }; }'
+DROPS = (
+    'table inet t { chain c { type filter hook prerouting priority -300; iifname "gw" ip daddr 192.0.2.50 drop; }; }'
+)
 
 
 def test_probe(gateway: Gateway, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_route(site: Site, untouched: list[str], words: str) -> None:
 def test_route_changed(site: Site, untouched: list[str]) -> None:
     """A route of ours that somebody replaced is replaced in its turn: there is no moment without either."""
     with one_repair(site, untouched, "route", new_route=2):
-        site.admin.host.ip(*"route replace default via 192.0.2.140 dev vpn0 table 4001 metric 1024 proto 73".split())
+        site.admin.host.ip_batch("route replace default via 192.0.2.140 dev vpn0 table 4001 metric 1024 proto 73")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_twin_route(site: Site, untouched: list[str], words: str) -> None:
 def test_twin_route_by_another_link(site: Site, untouched: list[str]) -> None:
     """A default by another identity's link that somebody made under our number: closed at once, then taken away."""
     with site.watched() as watch:
-        site.admin.host.ip(*"route add default via 203.0.113.1 table 4001 metric 7 protocol 73".split())
+        site.admin.host.ip_batch("route add default via 203.0.113.1 table 4001 metric 7 protocol 73")
         assert eventually(site.in_force), site.said()
         assert watch.settled() == {"new route": 1, "del route": 1, "commits": 2}
     assert inventory(site) == untouched
@@ -245,7 +245,7 @@ def test_lost_events(site: Site, untouched: list[str]) -> None:
     with site.daemon.stopped():
         for verb in ("add", "delete"):
             site.admin.host.ip_batch("\n".join(f"route {verb} 100.{each}.0/24 dev lan table 9" for each in many))
-        site.admin.host.ip(*"rule delete priority 4001 from 192.0.2.130 lookup 4001 protocol 73".split())
+        site.admin.host.ip_batch("rule delete priority 4001 from 192.0.2.130 lookup 4001 protocol 73")
     assert eventually(lambda: inventory(site) == untouched), site.said()
 
 
