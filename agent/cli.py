@@ -175,33 +175,38 @@ def apply(args: argparse.Namespace) -> int:
     from agent import reconcile, source  # noqa: PLC0415
     from agent.kernel import runtime  # noqa: PLC0415
 
+    policy = None if args.approved else _policy(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
-        policy = _approved() if args.approved else _policy(args)
+        policy = policy or _approved()
         if policy is None:
             print("no policy has been in force here yet: nothing to do")
             return OK
         seen = reconcile.look(policy, kernel, _down())
         _host_faults(seen.desired.faults)
-        if args.expect is not None and args.expect.lower() != seen.plan.digest:
-            print(seen.plan.text, end="")
-            _complain(f"the plan is {seen.plan.digest}, not {args.expect!r} as expected; nothing was changed")
-            return DIFFERS
-        _notes(seen.notes)
+        expected = args.expect is None or args.expect.lower() == seen.plan.digest
         left, changes = seen.plan, 0
         # A plan that was approved is applied once: what would come after it was not approved.
-        for _attempt in range(1 if args.expect is not None else PASSES):
+        for _attempt in range(PASSES if args.expect is None else int(expected)):
             reconcile.apply(left, kernel)
             changes += len(left.steps)
             left = reconcile.look(policy, kernel, _down()).plan
             if not left.steps:
                 break
         # Before the lock is free: what has been applied is what a daemon keeps from now on.
-        source.hand_over(policy)
+        if expected:
+            source.hand_over(policy)
+        if expected and not args.approved:
+            _save(policy)
+    # Whoever reads this may take his time: the lock is free again.
+    if not expected:
+        print(seen.plan.text, end="")
+        _complain(f"the plan is {seen.plan.digest}, not {args.expect!r} as expected; nothing was changed")
+        return DIFFERS
+    _notes(seen.notes)
     if left.steps:
         print(left.text, end="")
         _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
         return TROUBLE
-    _keep_over_boot(policy)
     many = "change" if changes == 1 else "changes"
     print(f"in force: {changes} {many}, plan {seen.plan.digest}" if changes else "in force: nothing to do")
     return OK
@@ -335,7 +340,7 @@ def _approved() -> Policy | None:
     return state.load()
 
 
-def _keep_over_boot(policy: Policy) -> None:
+def _save(policy: Policy) -> None:
     """For `apply --approved` at the next boot. What is in force is in force, also where nothing can be written."""
     from agent import state  # noqa: PLC0415
 

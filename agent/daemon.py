@@ -24,13 +24,14 @@ SIGNALS = frozenset({RELOAD, *STOP})
 RESYNC, FILES = 60.0, 1.0
 #: Seconds until the next try after trouble: doubled each time, up to the last.
 RETRY, RETRY_LAST = 0.05, 5.0
-#: A look that found nothing to do earns a rest of so many times its own length, seconds at most: a routing daemon may
-#: change main a thousand times a second, and none of it may be about us.
+#: A look that found nothing to do earns a rest from news of routes, so many times its own length, seconds at most: a
+#: routing daemon may change main a thousand times a second, and none of it may be about us.
 REST, REST_LAST = 4.0, 1.0
-#: Seconds that a reload waits for another verb of idmark; and until a pass is tried again when there is one at work.
-PATIENCE, BUSY = 10.0, 0.05
+#: Seconds that a change of policy waits for another verb of idmark, until a pass is tried again when there is one at
+#: work, and from when on it takes too long.
+PATIENCE, BUSY, BUSY_LONG = 1.0, 0.05, 1.0
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
-HEALTHY = 120.0
+HEALTHY = 300.0
 
 
 class Daemon:
@@ -52,14 +53,18 @@ class Daemon:
         self._metrics = metrics
         self._notify = notify
         self._log = log
-        self._keeper = keeper(self._first())
         self._due = self._files_due = 0.0
         self._retry = RETRY
         self._deaf = 0.0
         self._moved = True
-        self._trouble = ""
+        self._trouble = self._refusal = ""
+        # A policy that was read and could not be put in force yet, and when that is tried again.
+        self._wanted: Policy | None = None
+        self._wanted_due = 0.0
+        self._busy_since: float | None = None
         self._ready = False
         self._alive = time.monotonic()
+        self._keeper = keeper(self._first())
 
     def is_ready(self) -> bool:
         """Whether a first pass was made, without trouble."""
@@ -89,17 +94,35 @@ class Daemon:
     # --- the policy --------------------------------------------------------------------------------------------------
 
     def _first(self) -> Policy:
+        """The file's policy; or the one that was in force last, if the file has faults or was changed before that."""
         try:
             policy = self._source.read()
         except PolicyError as error:
+            self._refused(error)
             kept = state.load()
             if kept is None:
                 raise
-            self._refused(error)
             self._log.warning("policy %s was in force before, and is kept", kept.digest[:12])
             return kept
         self._accepted(policy)
-        return policy
+        return self._applied_since(policy) or policy
+
+    def _applied_since(self, policy: Policy) -> Policy | None:
+        """Another policy that was applied after the file was changed: what was done last counts."""
+        saved_at = state.saved_at()
+        if saved_at is None or saved_at < self._source.changed_at:
+            return None
+        try:
+            applied = state.load()
+        except IdmarkError as error:
+            self._log.warning("%s", error)
+            return None
+        if applied is None or applied.digest == policy.digest:
+            return None
+        self._log.warning(
+            "policy %s was applied since %s was changed, and is kept", applied.digest[:12], policy.files[0]
+        )
+        return applied
 
     def _see_to_policy(self, *, told_to: bool) -> None:
         now = time.monotonic()
@@ -109,23 +132,37 @@ class Daemon:
                 self._reload()
             elif self._source.is_handed_over():
                 self._due = now
+        if self._wanted and (self._moved or now >= self._wanted_due):
+            self._change(self._wanted)
 
     def _reload(self) -> None:
         self._notify.reloading()
         try:
-            policy = self._source.read()
+            self._change(self._source.read())
+        except PolicyError as error:
+            self._refused(error)
+        self._notify.ready()
+
+    def _change(self, policy: Policy) -> None:
+        """Put a policy in force. What refuses it may pass (another verb at work, a network that isn't there yet)."""
+        self._wanted = None
+        try:
             if policy.digest != self._keeper.policy.digest:
                 with runtime.lock("run", PATIENCE):
                     self._keeper.change(policy)
+                    self._save()
                 self._due = 0.0  # to see that all is as it should be
         except IdmarkError as error:
-            self._refused(error)
+            if str(error) != self._refusal:
+                self._refused(error)
+                self._log.error("policy %s is to be tried again", policy.digest[:12])
+            self._refusal = str(error)
+            self._wanted, self._wanted_due = policy, time.monotonic() + RESYNC
         else:
             self._accepted(policy)
-            self._keep_over_boot()
-        self._notify.ready()
 
     def _accepted(self, policy: Policy) -> None:
+        self._refusal = ""
         self._metrics.reloaded(time.time())
         for warning in policy.warnings:
             self._log.warning("%s", warning)
@@ -135,10 +172,9 @@ class Daemon:
         for line in error.lines():
             self._log.error("%s", line)
 
-    def _keep_over_boot(self) -> None:
-        """What is in force, for the next boot, and for whoever asks what was applied last."""
+    def _save(self) -> None:
+        """What is in force, for the next boot. Where nothing can be written it is in force all the same."""
         try:
-            self._source.keep(self._keeper.policy)
             state.save(self._keeper.policy)
         except IdmarkError as error:
             self._log.warning("%s", error)
@@ -150,24 +186,25 @@ class Daemon:
         self._deaf = 0.0
         try:
             with runtime.lock("run", 0.0):
-                handed_over = self._source.handed_over()
-                if handed_over and handed_over.digest != self._keeper.policy.digest:
-                    self._keeper.take(handed_over)
-                    self._log.info("policy %s was applied: it is what is kept now", handed_over.digest[:12])
+                self._take_over()
                 found = self._keeper.keep(moved=self._moved)
-        except runtime.BusyError:
+                if not self._ready and found.usable:
+                    self._save()
+        except runtime.BusyError as error:
             self._due = began + BUSY
+            if self._busy_since is None:
+                self._busy_since = began
+            elif began - self._busy_since > BUSY_LONG:
+                self._in_trouble(f"nothing can be put right: {error}")
             return
         except IdmarkError as error:
             self._metrics.failed()
-            if str(error) != self._trouble:
-                self._log.error("%s", error)
-            self._trouble = str(error)
+            self._in_trouble(str(error))
             self._try_again(began)
             return
         if self._trouble:
             self._log.info("no longer: %s", self._trouble)
-        self._moved, self._trouble = False, ""
+        self._moved, self._trouble, self._busy_since = False, "", None
         now = time.monotonic()
         if found.refused:
             self._try_again(now)
@@ -179,8 +216,27 @@ class Daemon:
         self._notify.status(found.status)
         if not self._ready:
             self._ready = True
-            self._keep_over_boot()
             self._notify.ready()
+
+    def _take_over(self) -> None:
+        """Keep what another verb has put in force since; it had the lock until then."""
+        try:
+            policy = self._source.handed_over()
+        except IdmarkError as error:
+            self._refused(error)
+            return
+        if policy and policy.digest != self._keeper.policy.digest:
+            self._keeper.take(policy)
+            self._wanted = None
+            self._log.info("policy %s was applied: it is what is kept now", policy.digest[:12])
+
+    def _in_trouble(self, words: str) -> None:
+        """Said once, in the log; and for as long as it lasts to whoever asks."""
+        if words != self._trouble:
+            self._log.error("%s", words)
+            self._metrics.out_of_sync()
+            self._notify.status(f"in trouble: {words}")
+        self._trouble = words
 
     def _try_again(self, now: float) -> None:
         self._due = now + self._retry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from agent.model import (
     Family,
     Hop,
     Identity,
+    Kernel,
     Link,
     LinkAddress,
     Policy,
@@ -114,18 +116,50 @@ def desire(policy: Policy, facts: Facts | None, down: Mapping[str, str] = NOBODY
         _shut(_standing(identity, addresses[identity.name], facts, faults), down.get(identity.name))
         for identity in policy.identities
     )
+    speakers = _Speakers(standings)
     by_name = {standing.identity.name: standing for standing in standings}
     routes = [route for standing in standings for route in _routes(policy, standing, by_name, facts)]
     return Desired(
         policy=policy,
         standings=standings,
-        classes=classes(dict.fromkeys(sources_of(standings))),
+        classes=_classes(speakers),
         routes=frozenset({route.key: route for route in reversed(routes)}.values()),
-        rules=frozenset((*(rule for standing in standings for rule in _rules(standing)), *_guards(policy))),
+        rules=frozenset(
+            (*(rule for standing in standings for rule in _rules(standing)), *_guards(speakers, policy.kernel))
+        ),
         src_valid_mark=_src_valid_mark(policy, facts),
         host_known=facts is not None,
         faults=tuple(faults),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Speakers:
+    """Who speaks as whom, as a key to what was made of it.
+
+    To compare or to hash a hundred thousand members takes as long as to use them: identities are the same only if they
+    are the very same values, as they are from one pass to the next.
+    """
+
+    standings: tuple[Standing, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Speakers)
+            and len(self.standings) == len(other.standings)
+            and all(
+                one.identity is another.identity and one.addresses == another.addresses
+                for one, another in zip(self.standings, other.standings, strict=True)
+            )
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(standing.addresses for standing in self.standings))
+
+
+@lru_cache(maxsize=2)
+def _classes(speakers: _Speakers) -> tuple[Span, ...]:
+    return classes(dict.fromkeys(sources_of(speakers.standings)))
 
 
 def sources_of(standings: Iterable[Standing]) -> list[tuple[Prefix, str]]:
@@ -410,24 +444,33 @@ def _rules(standing: Standing) -> Iterator[Rule]:
             yield Rule(family, identity.priority, identity.table, source=Prefix.host(address))
 
 
-def _guards(policy: Policy) -> Iterator[Rule]:
+def priority_behind(identities: Iterable[Identity]) -> int:
+    """The first priority behind all rules that look up an identity's table."""
+    return max(identity.priority for identity in identities) + 1
+
+
+@lru_cache(maxsize=2)
+def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
     """What keeps members closed while nobody marks their packets: our table is not there, or not there yet.
 
     A packet of theirs that has no mark by then is refused; but for what this host itself sends from an address in their
     prefixes, which is looked up before the output hook and goes around. One rule a prefix, behind all the others: what
     is marked never comes here, but whatever is nobody's does, and the kernel tries them one by one (23 ns each).
     """
-    if not policy.kernel.enforce:  # then nothing is to be stopped
-        return
-    first = policy.kernel.rule_priority + max(identity.id for identity in policy.identities) + 1
+    if not kernel.enforce:  # then nothing is to be stopped
+        return ()
+    guards = []
+    identities = [standing.identity for standing in speakers.standings]
+    first = priority_behind(identities) + 1
     for family in Family:
-        members = {prefix for identity in policy.identities for prefix in identity.members if prefix.family is family}
+        members = {prefix for identity in identities for prefix in identity.members if prefix.family is family}
         guarded = tuple(islice(outermost(members), GUARDED + 1))
         if 0 < len(guarded) <= GUARDED and first + 2 < PRIORITY_MAIN:
-            yield Rule(family, first, iif="lo", action=GOTO, target=first + 2)
-            for prefix in guarded:
-                yield Rule(family, first + 1, source=prefix, unmarked=policy.kernel.mark_mask, action=UNREACHABLE)
-            yield Rule(family, first + 2, action=NOP)
+            mask = kernel.mark_mask
+            guards.append(Rule(family, first, iif="lo", action=GOTO, target=first + 2))
+            guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in guarded]
+            guards.append(Rule(family, first + 2, action=NOP))
+    return tuple(guards)
 
 
 def _src_valid_mark(policy: Policy, facts: Facts | None) -> frozenset[str]:

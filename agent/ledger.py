@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,8 @@ from agent.kernel import runtime
 
 #: The file in the runtime directory, and how many repairs it holds.
 NAME, REPAIRS = "run.json", 20
+#: Seconds after which it says nothing any more of a daemon that has ended.
+STALE = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,10 @@ class Repair:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The daemon's state, as far as others need it. `down` are identities with the reason, `repairs` the last ones."""
+    """The daemon's state, as far as others need it. `down` are identities with the reason, `repairs` the last ones.
+
+    `since` and `at`, when it was published, are seconds since 1970.
+    """
 
     pid: int
     since: float
@@ -31,14 +37,26 @@ class Ledger:
     in_sync: bool = False
     down: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
+    at: float = field(default=0.0, compare=False)
 
     def repaired(self, repair: Repair) -> Ledger:
         """The ledger with one more repair, and without the oldest."""
         return replace(self, repairs=(*self.repairs, repair)[-REPAIRS:])
 
-    def publish(self) -> None:
-        """Let the others read it. Raises KernelError."""
-        runtime.publish(NAME, self.plain())
+    @property
+    def age(self) -> float:
+        """Seconds since it was published."""
+        return time.time() - self.at
+
+    def tells_more_than(self, published: Ledger | None) -> bool:
+        """Whether it is to be published: it says something else, or the other one is getting old."""
+        return self != published or published.age > STALE / 2
+
+    def publish(self) -> Ledger:
+        """Let the others read it; as it is published. Raises KernelError."""
+        published = replace(self, at=time.time())
+        runtime.publish(NAME, published.plain())
+        return published
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -49,6 +67,7 @@ class Ledger:
             "in_sync": self.in_sync,
             "down": dict(self.down),
             "repairs": [asdict(repair) for repair in self.repairs],
+            "at": self.at,
         }
 
 

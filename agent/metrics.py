@@ -23,12 +23,11 @@ from agent.kernel.martians import martian_sources
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
 from agent.model import Address, Count, Family, Lookup, Route, parse_address
+from agent.plan import KINDS
 from agent.ruleset import COUNTS, counter_name
 
 _log = logging.getLogger(__name__)
 
-#: The kinds of the kernel's objects that are repaired, and fought over.
-KINDS = ("route", "rule", "nft", "sysctl")
 #: Seconds: a pass should take less than 0.1.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 #: Addresses that only a default leads to: nobody has them (RFC 7600, 6.1; RFC 6666).
@@ -69,7 +68,13 @@ class Metrics:
         )
         self._fights = Counter(
             "idmark_fights",
-            "Objects in the kernel that another program keeps changing back, by kind.",
+            "Times that another program began to keep changing an object in the kernel back, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self._fighting = Gauge(
+            "idmark_fighting",
+            "Objects in the kernel that another program keeps changing back now, by kind.",
             ["kind"],
             registry=registry,
         )
@@ -90,9 +95,10 @@ class Metrics:
             "When the policy was last read without a fault, in seconds since 1970.",
             registry=registry,
         )
-        for kind in KINDS:  # from the start, at 0: increase() doesn't see a first value
+        for kind in dict.fromkeys(KINDS.values()):  # from the start, at 0: increase() doesn't see a first value
             self._repairs.labels(kind)
             self._fights.labels(kind)
+            self._fighting.labels(kind)
         self._kept: Kept | None = None
         self._trouble = ""
         # One scrape after the other: of two readings the older must not come in second, for a counter that was reset.
@@ -117,13 +123,22 @@ class Metrics:
         self._errors.inc()
         self._in_sync.set(0)
 
-    def repaired(self, kind: str, count: int = 1) -> None:
-        """Objects of a kind were put right."""
-        self._repairs.labels(kind).inc(count)
+    def out_of_sync(self) -> None:
+        """Nothing can be put right for now."""
+        self._in_sync.set(0)
+
+    def repaired(self, kind: str) -> None:
+        """An object of a kind was put right."""
+        self._repairs.labels(kind).inc()
 
     def fought(self, kind: str) -> None:
         """Another program fights with us over one more object."""
         self._fights.labels(kind).inc()
+
+    def fighting(self, objects: Mapping[str, int]) -> None:
+        """So many objects of each kind are fought over now."""
+        for kind in dict.fromkeys(KINDS.values()):
+            self._fighting.labels(kind).set(objects.get(kind, 0))
 
     def reloaded(self, at: float) -> None:
         """The policy was read without a fault, at this time (seconds since 1970)."""

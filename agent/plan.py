@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from agent import commands, ruleset
-from agent.desired import Desired
-from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, Fwmark, Route, Rule, Table
+from agent.desired import Desired, priority_behind
+from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Family, Fwmark, Prefix, Route, Rule, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Observed:
 
     `rules` keep the kernel's order and may hold one twice. `other_tables` are ours from when the policy named the
     table otherwise. `src_valid_mark` are the identities' links on which it takes effect, `src_valid_mark_ours` those
-    where we set it. `foreign_routes` are other people's in our routing tables.
+    where we set it. `foreign_routes` are other people's in our routing tables, `addresses` all that links have now.
     """
 
     routes: frozenset[Route] = frozenset()
@@ -30,6 +30,7 @@ class Observed:
     src_valid_mark: frozenset[str] = frozenset()
     src_valid_mark_ours: frozenset[str] = frozenset()
     foreign_routes: tuple[Route, ...] = ()
+    addresses: frozenset[Prefix] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -136,6 +137,8 @@ class Load:
 RuleStep = TypeVar("RuleStep", AddRule, DeleteRule)
 Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Load
 
+#: How many addresses that were an identity's are refused at most.
+FORMER = 64
 #: What a step is about, in the words of the metrics' `kind` label.
 KINDS = {
     AddRoute: "route",
@@ -190,7 +193,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     """
     wanted = ruleset.table(desired)
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
-    adding, deleting = _rule_steps(desired.rules, observed.rules)
+    adding, deleting = _rule_steps(desired.rules | _former(desired, observed), observed.rules)
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
     handover = _handover(desired, observed, wanted)
@@ -216,6 +219,37 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     )
 
 
+def _former(desired: Desired, observed: Observed) -> frozenset[Rule]:
+    """Rules that refuse what the host still sends from addresses that were an identity's, and are no link's any more.
+
+    IPv6 looks at a source when a socket is bound, and never again: without them a program goes on sending from the
+    address that a tunnel had, by main. IPv4 doesn't let it. The kernel's own rules are the memory: they are kept until
+    the address is there again, the oldest go when there are too many.
+    """
+    kernel = desired.policy.kernel
+    own = {rule.source for rule in desired.rules if rule.action == LOOKUP}
+    gone = dict.fromkeys(
+        rule.source
+        for rule in observed.rules
+        if rule.source
+        and rule.source.length == Family.IPV6.bits
+        and rule.source not in own | observed.addresses
+        and (
+            _refuses_former(rule)
+            # One of ours, that is about to go.
+            or 0 < rule.priority - kernel.rule_priority == rule.table - kernel.table_base
+        )
+    )
+    behind = priority_behind(desired.policy.identities)
+    return frozenset(
+        Rule(Family.IPV6, behind, source=source, iif="lo", action=UNREACHABLE) for source in [*gone][-FORMER:]
+    )
+
+
+def _refuses_former(rule: Rule) -> bool:
+    return (rule.action, rule.iif, rule.unmarked, rule.extra) == (UNREACHABLE, "lo", 0, ())
+
+
 def _wake(table: Table | None) -> Iterator[Load]:
     """A table without the flag is awake; the kernel changes no hooks in the transaction that says so (EINVAL)."""
     if table and table.dormant:
@@ -226,21 +260,39 @@ def _handover(desired: Desired, observed: Observed, wanted: Table) -> bool:
     """Whether a mark would meet another one's road on the way, or is closed already by a plan that was cut short."""
     if observed.table is None:
         return False
-    marks = {*_strays(observed.table, desired, observed), *_strays(wanted, desired, observed)}
-    return bool(marks) or ruleset.is_closing(observed.table)
+    old, new = (observed.rules, observed.routes), (desired.rules, desired.routes)
+    strays = {*_strays(observed.table, wanted, old, new), *_strays(wanted, observed.table, new, old)}
+    return bool(strays) or ruleset.is_closing(observed.table)
 
 
-def _strays(table: Table, desired: Desired, observed: Observed) -> Iterator[int]:
-    """The marks of a ruleset that old and new rules lead to a default, old or new, by a link that is not theirs.
+#: Rules and routes that are in force together.
+Routing = tuple[Iterable[Rule], Iterable[Route]]
 
-    Enforcement would drop and count them as misrouted; it may be off.
+
+def _strays(table: Table, other: Table, own: Routing, others: Routing) -> Iterator[int]:
+    """The marks of a ruleset that its own rules or the other ones lead to a default, of either, by a wrong link.
+
+    Enforcement would drop and count them as misrouted; it may be off. A link is right that the ruleset lets the mark
+    leave by; but where the other ruleset has other ones for it, the mark is about to mean somebody else: then only its
+    own link is, and those that it follows now.
     """
-    rules = desired.rules | set(observed.rules)
-    defaults = [*_best_defaults(desired.routes), *_best_defaults(observed.routes)]
-    for mark, links in ruleset.roads(table).items():
-        tables = {rule.table for rule in rules if _names(rule, mark)}
-        if any(hop.link not in links for route in defaults if route.table in tables for hop in route.hops):
+    elsewhere = ruleset.roads(other)
+    for mark, roads in ruleset.roads(table).items():
+        if mark in elsewhere and elsewhere[mark] != roads:
+            links = {roads.own, *_followed(mark, [own], [own])}
+        else:
+            links = {roads.own, *roads.detours}
+        if not set(_followed(mark, [own, others], [own, others])) <= links:
             yield mark
+
+
+def _followed(mark: int, rules_of: Iterable[Routing], routes_of: Iterable[Routing]) -> Iterator[str]:
+    """The links of the defaults that rules lead a mark to."""
+    tables = {rule.table for rules, _ in rules_of for rule in rules if _names(rule, mark)}
+    for _, routes in routes_of:
+        for route in _best_defaults(routes):
+            if route.table in tables:
+                yield from (hop.link for hop in route.hops)
 
 
 def _best_defaults(routes: Iterable[Route]) -> Iterable[Route]:
@@ -258,7 +310,8 @@ def _closed_meanwhile(desired: Desired, observed: Observed) -> Iterator[Fwmark]:
         return
     going = [rule for rule in observed.rules if rule not in desired.rules]
     masks = {rule.fwmark.mask for rule in observed.rules if rule.fwmark}
-    strays = set(_strays(observed.table, desired, observed))
+    old, new = (observed.rules, observed.routes), (desired.rules, desired.routes)
+    strays = set(_strays(observed.table, ruleset.table(desired), old, new))
     for mark in ruleset.roads(observed.table):
         if mark in strays or any(_names(rule, mark) for rule in going):
             yield from (Fwmark(mark, mask) for mask in sorted(masks) if not mark & ~mask)
@@ -317,8 +370,8 @@ def _apart(steps: Sequence[RuleStep]) -> tuple[list[RuleStep], list[RuleStep]]:
 
 
 def _stage(rule: Rule) -> int:
-    """What goes around a closed door is there before it, and leads somewhere: rules that look up a table are first."""
-    return {LOOKUP: 0, NOP: 1, GOTO: 2}.get(rule.action, 3)
+    """What goes around a closed door is there before it, and leads somewhere; all others come first."""
+    return 0 if _refuses_former(rule) else {LOOKUP: 0, NOP: 1, GOTO: 2}.get(rule.action, 3)
 
 
 def rule_order(rule: Rule) -> tuple[object, ...]:

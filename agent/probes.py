@@ -80,6 +80,10 @@ class Prober:
         """Who counts as down, by name, and why in words; another mapping, never a changed one, when that changes."""
         return self._down
 
+    def is_healthy(self) -> bool:
+        """Whether somebody asks, if there is anything to ask."""
+        return not self._checks or self._thread.is_alive()
+
     def watch(self, checks: Iterable[Check]) -> None:
         """Ask these from now on, each at once if it is new. A record goes on while identity and probe are the same."""
         wanted = tuple(checks)

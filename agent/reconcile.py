@@ -15,7 +15,7 @@ from agent.kernel.nfnl import Nfnl
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
-from agent.model import Facts, Policy
+from agent.model import Facts, Policy, Prefix
 from agent.plan import (
     AddRoute,
     AddRule,
@@ -105,6 +105,7 @@ def observe(kernel: Seams, table: str, facts: Facts, routing_tables: Iterable[in
         src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
         src_valid_mark_ours=kernel.sysctls.ours(),
         foreign_routes=tuple(route for number in routing_tables for route in kernel.rtnl.foreign_routes(number)),
+        addresses=frozenset(Prefix.host(item.address) for link in facts.links for item in link.addresses),
     )
 
 
@@ -146,21 +147,32 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         raise
 
 
-def mend(chosen: Plan, kernel: Seams) -> list[str]:
-    """Take the steps of a plan as far as they go, for whoever is going to look again: what could not be, in words.
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """The steps that were taken, those that the kernel refused, in words; and the failure that ended it, if one did."""
 
-    One route that the kernel refuses is no reason to leave everything else as it is; without a step that keeps an
-    identity closed those behind it are not taken. Raises ApplyError for such a one.
+    taken: tuple[Step, ...]
+    refused: tuple[str, ...] = ()
+    failure: KernelError | None = None
+
+
+def mend(chosen: Plan, kernel: Seams) -> Mended:
+    """Take the steps of a plan as far as they go, for whoever is going to look again.
+
+    One route that the kernel refuses is no reason to leave everything else as it is; but without a step that keeps an
+    identity closed those behind it are not taken.
     """
-    left = []
+    taken, refused = list[Step](), list[str]()
     for step in chosen.steps:
         try:
             _take(step, kernel)
         except KernelError as error:
             if closes(step):
-                raise ApplyError(str(error)) from error
-            left.append(str(error))
-    return left
+                return Mended(tuple(taken), tuple(refused), error)
+            refused.append(str(error))
+        else:
+            taken.append(step)
+    return Mended(tuple(taken), tuple(refused))
 
 
 @contextmanager

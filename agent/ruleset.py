@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from agent.commands import chain_lines
 from agent.desired import Desired, detours
 from agent.model import Chain, Family, Fwmark, Hook, Identity, NftSet, Statement, Table
+from agent.prefixes import Span
 
 #: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
 #: lost, and none starts again from 0, when a setting goes back and forth.
@@ -68,9 +71,7 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             f"{family}_addr",
             "verdict",
             interval=True,
-            elements=tuple(
-                (str(span), f"goto id-{span.identity}") for span in desired.classes if span.family is family
-            ),
+            elements=_elements(_Spans(desired.classes), family),
             about=(f"{_title(family)} sources: the longest prefix decided, what is here is disjoint.",),
             pending=unknown,
         )
@@ -117,6 +118,25 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             ),
             about=("Whose segments are kept small enough for which link.",),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spans:
+    """Classes as a key to what was made of them: the same only if they are the very same value."""
+
+    spans: tuple[Span, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Spans) and self.spans is other.spans
+
+    def __hash__(self) -> int:
+        return id(self.spans)
+
+
+@lru_cache(maxsize=4)
+def _elements(classes: _Spans, family: Family) -> tuple[tuple[str, str], ...]:
+    """A hundred thousand of them take their time: a pass has those at hand that were made for the one before."""
+    return tuple((str(span), f"goto id-{span.identity}") for span in classes.spans if span.family is family)
 
 
 def _counter_maps(desired: Desired, count: str, *, by_link: bool) -> Iterator[NftSet]:
@@ -412,18 +432,30 @@ def is_closing(present: Table) -> bool:
     return any(rule.comment.startswith(CLOSING_COMMENT) for chain in present.chains for rule in chain.rules)
 
 
-def roads(present: Table) -> dict[int, set[str]]:
+@dataclass(frozen=True, slots=True)
+class Roads:
+    """By which links a mark's packets may leave: the identity's own, and those that its `when_down` names."""
+
+    own: str
+    detours: frozenset[str] = frozenset()
+
+
+def roads(present: Table) -> dict[int, Roads]:
     """By which links a table lets packets of each mark leave; nothing where it has no chain to look at them."""
     if "postrouting" not in {chain.name for chain in present.chains}:
         return {}
-    found: dict[int, set[str]] = {}
-    for nft_set in present.sets:
-        if nft_set.name in ("own-link", "detour"):
-            for key, _ in nft_set.elements:
-                mark, concatenated, link = key.partition(" . ")
-                if concatenated:  # else somebody's element for all others, *
-                    found.setdefault(int(mark, 16), set()).add(link.strip('"'))
-    return found
+    sets = {nft_set.name: nft_set for nft_set in present.sets}
+    detours: dict[int, set[str]] = {}
+    for mark, link in _links(sets.get("detour")):
+        detours.setdefault(mark, set()).add(link)
+    return {mark: Roads(link, frozenset(detours.get(mark, ()))) for mark, link in _links(sets.get("own-link"))}
+
+
+def _links(nft_set: NftSet | None) -> Iterator[tuple[int, str]]:
+    for key, _ in nft_set.elements if nft_set else ():
+        mark, concatenated, link = key.partition(" . ")
+        if concatenated:  # else somebody's element for all others, *
+            yield int(mark, 16), link.strip('"')
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

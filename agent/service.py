@@ -15,12 +15,13 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from agent import IdmarkError, ledger
+from agent.chronicle import Chronicle
 from agent.daemon import SIGNALS, Daemon
 from agent.exposition import Exposition
 from agent.keeper import Keeper
-from agent.kernel import runtime
+from agent.kernel import KernelError, runtime
 from agent.kernel.wake import Wake
-from agent.ledger import Ledger
+from agent.ledger import STALE, Ledger
 from agent.metrics import Metrics
 from agent.model import Policy
 from agent.notify import Notify, formatter
@@ -55,25 +56,43 @@ def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
         wake = stack.enter_context(Wake(kernel.nfnl, SIGNALS))
         registry = CollectorRegistry()
         metrics = Metrics(registry, runtime.directory() / COUNTERS)
-        stack.callback(metrics.close)
+        stack.callback(_close, metrics, log)
         for note in metrics.notes:
             log.warning("%s", note)
-        before = ledger.left()
+        before = _before(log)
         # Who counted as down when the last daemon ended is down still, until a probe is answered.
-        prober = stack.enter_context(closing(Prober(wake.poke, before.down if before else {})))
-        book = Ledger(os.getpid(), time.time(), repairs=before.repairs if before else ())
+        prober = stack.enter_context(closing(Prober(wake.poke, before.down if before.age < STALE else {})))
+        chronicle = Chronicle(metrics, Ledger(os.getpid(), time.time(), repairs=before.repairs), log)
 
         def keeper(first: Policy) -> Keeper:
-            return Keeper(first, kernel, prober, metrics=metrics, ledger=book, log=log)
+            return Keeper(first, kernel, prober, metrics=metrics, chronicle=chronicle, log=log)
 
         daemon = Daemon(Source(policy), wake, keeper, metrics=metrics, notify=Notify(log), log=log)
         if listening:
-            stack.enter_context(_served(listening, registry, daemon, log))
+            stack.enter_context(_served(listening, registry, daemon, prober, log))
         daemon.run()
 
 
+def _before(log: logging.Logger) -> Ledger:
+    """What the last daemon has left; nothing is no trouble."""
+    try:
+        return ledger.left() or Ledger(0, 0.0)
+    except KernelError as error:
+        log.warning("%s", error)
+        return Ledger(0, 0.0)
+
+
+def _close(metrics: Metrics, log: logging.Logger) -> None:
+    try:
+        metrics.close()
+    except KernelError as error:
+        log.warning("counters will not go on after a restart: %s", error)
+
+
 @contextmanager
-def _served(listening: Listening, registry: CollectorRegistry, daemon: Daemon, log: logging.Logger) -> Iterator[None]:
+def _served(
+    listening: Listening, registry: CollectorRegistry, daemon: Daemon, prober: Prober, log: logging.Logger
+) -> Iterator[None]:
     """Serve metrics meanwhile, from when on that can be: an address that is taken leaves no host open."""
     ended = threading.Event()
 
@@ -85,7 +104,7 @@ def _served(listening: Listening, registry: CollectorRegistry, daemon: Daemon, l
                     listening.address,
                     registry,
                     ready=daemon.is_ready,
-                    healthy=daemon.is_healthy,
+                    healthy=lambda: daemon.is_healthy() and prober.is_healthy(),
                     certificate=listening.certificate,
                     key=listening.key,
                     client_ca=listening.client_ca,

@@ -65,10 +65,11 @@ class Source:
         """Whether `handed_over` has something to tell."""
         return _stamp(runtime.directory() / APPLIED) not in (self._applied, None)
 
-    def keep(self, policy: Policy) -> None:
-        """`hand_over` what the daemon itself has put in force."""
-        hand_over(policy)
-        self._applied = _stamp(runtime.directory() / APPLIED)
+    @property
+    def changed_at(self) -> float:
+        """When the file or one of its lists was changed or put into its place last, in seconds since 1970."""
+        found = [path.stat() for path in map(Path, self._files) if path.exists()]
+        return max((max(each.st_mtime, each.st_ctime) for each in found), default=0.0)
 
 
 def _stamps(files: Iterable[str]) -> dict[str, Stamp]:

@@ -52,6 +52,18 @@ def load() -> Policy | None:
     return load_policy(path) if found else None
 
 
+def saved_at() -> float | None:
+    """When a policy was kept last, in seconds since 1970; None: none is. Raises StateError."""
+    base, name = _place()
+    path = base / (name or "") / NAME
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"look for the policy of last time in {path}: {error.strerror}") from error
+
+
 def forget() -> None:
     """Nothing is in force any more, and nothing shall be at the next boot. Raises StateError."""
     base, name = _place()

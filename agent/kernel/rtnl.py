@@ -499,6 +499,10 @@ def _to_rule(message: Message) -> Rule:
     # ip(8) lets a source have host bits; the kernel masks them when it matches, and wants them for a delete.
     if network and str(network.network_address) != source:
         extra.append(("src", source))
+    # The kernel takes a mark that does not fit its mask, and matches nothing by it.
+    fits = not (value or 0) & ~(mask or 0)
+    if not fits:
+        extra += [("FRA_FWMARK", value), ("FRA_FWMASK", mask)]
     extra += [(name, message[name]) for name in ("dst_len", "tos") if message[name]]
     if message["flags"] & FIB_RULE_INVERT:
         extra.append(("flags", FIB_RULE_INVERT))
@@ -508,7 +512,7 @@ def _to_rule(message: Message) -> Rule:
         # msg["table"] is one byte (252: "see the attribute"); FRA_TABLE is the truth.
         table=message.get_attr("FRA_TABLE") or message["table"],
         # A rule without an explicit mask reads back 0xffffffff.
-        fwmark=Fwmark(value, mask) if value else None,
+        fwmark=Fwmark(value, mask) if value and fits else None,
         source=Prefix.parse(str(network)) if network else None,
         unmarked=mask if mask and not value else 0,
         iif=message.get_attr("FRA_IIFNAME") or "",

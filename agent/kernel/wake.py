@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import signal
 import socket
@@ -17,9 +18,12 @@ from agent.kernel.netlink import HEADER, SOL_NETLINK
 from agent.kernel.nfnl import Nfnl
 
 NETLINK_ADD_MEMBERSHIP = 1
-#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, then IFADDR, ROUTE and RULE of IPv4 and of IPv6; and IPV4_NETCONF,
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+#: linux/rtnetlink.h, enum rtnetlink_groups: LINK, IPV4_IFADDR, IPV4_RULE, IPV6_IFADDR, IPV6_RULE; and IPV4_NETCONF,
 #: which tells of rp_filter, but not of src_valid_mark (net/ipv4/devinet.c, devinet_conf_proc).
-GROUPS = (1, 5, 7, 8, 9, 11, 19, 24)
+GROUPS = (1, 5, 8, 9, 19, 24)
+#: IPV4_ROUTE and IPV6_ROUTE: where a routing daemon is at work these never end.
+ROUTE_GROUPS = (7, 11)
 #: RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR.
 MOVES = frozenset({16, 17, 20, 21})
 #: Seconds between two looks at the ruleset's generation. A subscription to nf_tables would be told at once, and would
@@ -62,21 +66,17 @@ class Wake:
     def __init__(self, nfnl: Nfnl, signals: Iterable[int] = ()) -> None:
         self._nfnl = nfnl
         self._generation = nfnl.generation()
-        self._events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._events.setblocking(False)
-        with contextlib.suppress(OSError):  # SO_RCVBUFFORCE is refused in a user namespace
-            self._events.setsockopt(socket.SOL_SOCKET, 33, BUFFER)
-        self._events.bind((0, 0))
-        for group in GROUPS:
-            self._events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        self._events, self._routes = _listening(GROUPS), _listening(ROUTE_GROUPS)
         self._heard, self._bell = socket.socketpair()
         for end in (self._heard, self._bell):
             end.setblocking(False)
         self._before = {number: signal.signal(number, _nothing) for number in signals}
         self._fd_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        self._signals, self._anything = select.poll(), select.poll()
-        for poll, each in ((self._signals, self._heard), (self._anything, self._heard), (self._anything, self._events)):
-            poll.register(each, select.POLLIN)
+        self._but_routes, self._anything = select.poll(), select.poll()
+        for each in (self._events, self._heard):
+            self._but_routes.register(each, select.POLLIN)
+            self._anything.register(each, select.POLLIN)
+        self._anything.register(self._routes, select.POLLIN)
 
     def __enter__(self) -> Wake:
         return self
@@ -87,7 +87,7 @@ class Wake:
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        for each in (self._events, self._heard, self._bell):
+        for each in (self._events, self._routes, self._heard, self._bell):
             each.close()
 
     def poke(self) -> None:
@@ -96,50 +96,30 @@ class Wake:
             self._bell.send(b"\0")
 
     def wait(self, seconds: float, deaf: float = 0.0) -> Woken:
-        """Wait for anything to happen, `seconds` at most; for the first `deaf` seconds the kernel's word waits, too."""
+        """Wait for anything to happen, `seconds` at most; for the first `deaf` seconds news of routes waits, too."""
         now = time.monotonic()
         until, hearing = now + max(seconds, deaf), now + deaf
-        woken = Woken()
-        while now < hearing and not (woken.signals or woken.poked):
-            self._signals.poll((hearing - now) * 1000)
-            woken |= self._rung()
-            now = time.monotonic()
-        woken |= self._heard_of()
+        woken = self._heard_of(routes=now >= hearing)
         while not (woken.changed or woken.signals or woken.poked or now >= until):
+            is_deaf = now < hearing
+            poll = self._but_routes if is_deaf else self._anything
             # Here a daemon with nothing to do spends its time: two questions to the kernel, twenty times a second.
-            ready = self._anything.poll(min(TICK, until - now) * 1000)
-            if ready or self._nfnl.generation() != self._generation:
-                woken |= self._heard_of()
+            ready = poll.poll(min(TICK, (hearing if is_deaf else until) - now) * 1000)
             now = time.monotonic()
+            if ready or is_deaf or self._nfnl.generation() != self._generation:
+                woken |= self._heard_of(routes=now >= hearing)
         last = now + BURST
-        while woken.changed and now < last and self._anything.poll(PAUSE * 1000):
-            woken |= self._heard_of()
+        while woken.changed and now < last and self._but_routes.poll(PAUSE * 1000):
+            woken |= self._heard_of(routes=False)
             now = time.monotonic()
         return woken
 
-    def _heard_of(self) -> Woken:
+    def _heard_of(self, *, routes: bool) -> Woken:
         generation = self._nfnl.generation()
         committed, self._generation = generation != self._generation, generation
-        return Woken(changed=committed) | self._announced() | self._rung()
-
-    def _announced(self) -> Woken:
-        announced = moved = False
-        while True:
-            try:
-                data = self._events.recv(1 << 16)
-            except BlockingIOError:
-                return Woken(changed=announced, moved=moved)
-            except OSError as error:
-                if error.errno != 105:  # ENOBUFS: some were lost, and what they were doesn't matter
-                    raise KernelError("listen to rtnetlink", error.strerror or str(error)) from error
-                announced = moved = True
-                continue
-            announced = True
-            offset = 0
-            while not moved and offset + HEADER.size <= len(data):
-                size, kind = struct.unpack_from("=IH", data, offset)
-                moved = kind in MOVES
-                offset += max((size + 3) & ~3, HEADER.size)
+        woken = Woken(changed=committed) | _announced(self._events) | self._rung()
+        # Whoever is about to look has no need to be told of routes once more.
+        return woken | _announced(self._routes) if routes or woken.changed else woken
 
     def _rung(self) -> Woken:
         try:
@@ -147,6 +127,39 @@ class Wake:
         except BlockingIOError:
             return Woken()
         return Woken(signals=frozenset(rung) - {0}, poked=0 in rung)
+
+
+def _listening(groups: Iterable[int]) -> socket.socket:
+    """A socket that hears of changes in the namespace of this thread."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    sock.setblocking(False)
+    with contextlib.suppress(OSError):  # refused in a user namespace
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    sock.bind((0, 0))
+    for group in groups:
+        sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    return sock
+
+
+def _announced(sock: socket.socket) -> Woken:
+    """Whether a socket has heard anything since the last question."""
+    announced = moved = False
+    while True:
+        try:
+            data = sock.recv(1 << 16)
+        except BlockingIOError:
+            return Woken(changed=announced, moved=moved)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise KernelError("listen to rtnetlink", error.strerror or str(error)) from error
+            announced = moved = True  # some were lost, and what they were doesn't matter
+            continue
+        announced = True
+        offset = 0
+        while not moved and offset + HEADER.size <= len(data):
+            size, kind = struct.unpack_from("=IH", data, offset)
+            moved = kind in MOVES
+            offset += max((size + 3) & ~3, HEADER.size)
 
 
 def _nothing(number: int, frame: object) -> None:

@@ -78,10 +78,14 @@ def test_overflow(wake: Wake, netns: Host) -> None:
 
 
 def test_deaf(wake: Wake, netns: Host) -> None:
-    """While it is deaf the kernel's word waits, and is not lost."""
-    netns.ip("rule", "add", "priority", "100", "lookup", "100")
+    """While it is deaf news of routes waits, and is not lost; of rules and of the ruleset it hears all the same."""
+    netns.ip("route", "add", "198.51.100.0/24", "via", "192.0.2.9")
     assert wake.wait(0.0, deaf=SHORT).changed
     assert wake.wait(SHORT) == Woken()
+    netns.ip("rule", "add", "priority", "100", "lookup", "100")
+    assert wake.wait(0.0, deaf=LONG).changed
+    netns.nft("table inet foreign { }")
+    assert wake.wait(0.0, deaf=LONG).changed
 
 
 @pytest.mark.parametrize("deaf", [0.0, LONG])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 
-from agent.ledger import REPAIRS, Ledger, Repair
+from agent.ledger import REPAIRS, STALE, Ledger, Repair
 
 
 def test_last_repairs() -> None:
@@ -25,4 +27,15 @@ def test_plain() -> None:
         "in_sync": True,
         "down": {"inside": "its probe is not answered"},
         "repairs": [{"at": 2.5, "kind": "nft", "words": "+ nft"}],
+        "at": 0.0,
     }
+
+
+def test_when_to_publish() -> None:
+    """What says nothing new is published again only when what was published gets old."""
+    now = time.time()
+    ledger = Ledger(7, 1.5)
+    assert ledger.tells_more_than(None)
+    assert not ledger.tells_more_than(replace(ledger, at=now))
+    assert ledger.tells_more_than(replace(ledger, at=now - STALE))
+    assert ledger.tells_more_than(replace(ledger, at=now, in_sync=True))

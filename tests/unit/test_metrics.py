@@ -9,8 +9,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from agent.desired import desire
-from agent.metrics import KINDS, Metrics, agrees, roads
+from agent.metrics import Metrics, agrees, roads
 from agent.model import MAIN, Family, Identity, Lookup, Route
+from agent.plan import KINDS
 from tests.unit import values
 
 
@@ -27,7 +28,7 @@ def metrics(registry: CollectorRegistry, tmp_path: Path) -> Metrics:
 
 
 @pytest.mark.parametrize("name", ["idmark_repairs_total", "idmark_fights_total"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS.values())))
 @pytest.mark.usefixtures("metrics")
 def test_from_the_start(registry: CollectorRegistry, name: str, kind: str) -> None:
     """Every kind of repair and fight is there from the start, at 0: increase() doesn't see a first value."""
@@ -67,10 +68,15 @@ def test_failed_pass(metrics: Metrics, registry: CollectorRegistry) -> None:
 
 def test_repairs_and_fights(metrics: Metrics, registry: CollectorRegistry) -> None:
     """Repairs and fights count under their kind."""
-    metrics.repaired("rule", 3)
+    for _ in range(3):
+        metrics.repaired("rule")
     metrics.fought("route")
+    metrics.fighting({"route": 1})
     assert registry.get_sample_value("idmark_repairs_total", {"kind": "rule"}) == 3
     assert registry.get_sample_value("idmark_fights_total", {"kind": "route"}) == 1
+    assert registry.get_sample_value("idmark_fighting", {"kind": "route"}) == 1
+    metrics.fighting({})
+    assert registry.get_sample_value("idmark_fighting", {"kind": "route"}) == 0
 
 
 def test_reload(metrics: Metrics, registry: CollectorRegistry) -> None:

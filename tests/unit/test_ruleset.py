@@ -344,7 +344,10 @@ def test_roads() -> None:
     """What a table lets its marks leave by is read from its own elements: own links, and the detours."""
     inside = replace(INSIDE, when_down="outside")
     table = read_back(table_of(inside, OUTSIDE))
-    assert ruleset.roads(table) == {0x1000000: {"vpn0", "wan"}, 0x2000000: {"wan"}}
+    assert ruleset.roads(table) == {
+        0x1000000: ruleset.Roads("vpn0", frozenset({"wan"})),
+        0x2000000: ruleset.Roads("wan"),
+    }
     chains = tuple(chain for chain in table.chains if chain.name != "postrouting")
     assert ruleset.roads(replace(table, chains=chains)) == {}
 
