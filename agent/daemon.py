@@ -83,8 +83,8 @@ class Daemon:
             woken = self._wake.wait(max(until - now, 0.0), self._deaf)
             if woken.signals & STOP:
                 break
-            self._see_to_policy(told_to=RELOAD in woken.signals)
             self._moved |= woken.moved
+            self._see_to_policy(told_to=RELOAD in woken.signals)
             if woken.changed or woken.poked or time.monotonic() >= self._due:
                 self._look()
             self._notify.watchdog()

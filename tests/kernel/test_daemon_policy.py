@@ -489,3 +489,82 @@ def test_refused_by_the_kernel(admin: Admin) -> None:
         host.ip_batch("route delete default table 4001 metric 1024 protocol 99")
         assert eventually(site.in_force), site.said()
         assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1)
+
+
+# --- what may be in the way ------------------------------------------------------------------------------------------
+
+
+def test_stuck_verb(admin: Admin) -> None:
+    """Another verb that holds the lock for ever is named, once; what was undone meanwhile is repaired after it."""
+    with kept(admin, ONE) as site:
+        with runtime.lock("apply"):
+            admin.host.ip("rule", "delete", "priority", "4001", "from", INSIDE["ipv4"])
+            assert eventually(lambda: site.daemon.logged(f"it is held by pid {os.getpid()} (idmark apply)") == 1)
+            assert site.daemon.metric("idmark_in_sync") == 0
+        assert eventually(site.in_force), site.said()
+        assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1)
+        assert site.daemon.logged("it is held by") == 2  # and that it is no longer
+
+
+def test_change_that_has_to_wait(admin: Admin) -> None:
+    """A policy that could not be put in force for a passing reason is, when the reason has passed."""
+    with kept(admin, ONE) as site:
+        with runtime.lock("apply"):
+            admin.file.write_text(OTHER)
+            assert eventually(lambda: site.daemon.logged("is to be tried again") == 1), site.said()
+            assert reloaded(site) == 0
+        admin.host.ip("link", "set", "lan", "down")
+        admin.host.ip("link", "set", "lan", "up")
+        assert eventually(lambda: keeps(site, admin.file)), site.said()
+        assert reloaded(site) == 1
+
+
+@pytest.mark.parametrize("protocol", ["static", "73"])
+def test_mark_that_does_not_fit_its_mask(admin: Admin, protocol: str) -> None:
+    """The kernel takes a rule whose mark doesn't fit its mask: nobody's is let be, one in our name is taken away."""
+    odd = f"rule add priority 100 fwmark 0x1ff/0xff lookup main protocol {protocol}"
+    with kept(admin, ONE) as site:
+        admin.host.ip(*odd.split())
+        admin.host.nft("delete table inet idmark")
+        assert eventually(site.in_force), site.said()
+        assert ("0x1ff/0xff" in admin.host.ip("rule")) is (protocol == "static")
+        assert admin.idmark("status").returncode == 0
+
+
+def test_full_disk(admin: Admin, tmp_path: Path) -> None:
+    """Where nothing can be written any more all is repaired and followed as before; it is said once."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    try:
+        admin.file.write_text(ONE)
+        with running(admin.command("run", "--listen", "none"), tmp_path, RUNTIME_DIRECTORY=str(small)) as daemon:
+            with contextlib.suppress(OSError), (small / "full").open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"\0" * 4096)
+            for _ in range(3):
+                admin.host.ip("rule", "delete", "priority", "4001", "from", INSIDE["ipv4"])
+                assert eventually(lambda: INSIDE["ipv4"] in admin.host.ip("rule"))
+            assert daemon.logged("the other verbs can't be told") == 1
+            assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_applied_since(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart keeps what was applied after the daemon's own file was changed; a file that is changed later counts."""
+    monkeypatch.setenv("STATE_DIRECTORY", os.fspath(admin.directory / "state"))
+    other = Admin(admin.host, admin.directory / "other")
+    other.directory.mkdir()
+    other.file.write_text(OTHER)
+    with kept(admin, ONE) as site:
+        assert other.idmark("apply").returncode == 0
+        assert eventually(lambda: keeps(site, other.file)), site.said()
+        site.daemon.stop(signal.SIGKILL)
+    with kept(admin) as site, site.watched() as watch:
+        assert digest() == load(other.file).digest
+        assert watch.settled() == {}
+        site.daemon.stop()
+    admin.file.write_text(ONE)
+    with kept(admin) as site:
+        assert keeps(site, admin.file), site.said()
