@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from agent.desired import Standing, Way
@@ -88,6 +89,7 @@ def text(status: Mapping[str, Any]) -> Iterator[str]:
     """The report's lines for a terminal of 80 columns."""
     force = "in force" if status["in_force"] else "NOT IN FORCE: idmark plan shows what differs"
     yield f"{status['gateway']}: {force}    policy {status['policy_digest'][:12]}"
+    yield _daemon(status.get("daemon"))
     yield from (f"note: {note}" for note in status["notes"])
     for identity in status["identities"]:
         yield ""
@@ -101,6 +103,15 @@ def text(status: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {family:<9}  {now}{state['way']}"
         yield from (f"  note       {note}" for note in identity["notes"])
         yield from _counter_lines(identity["families"])
+
+
+def _daemon(ledger: Mapping[str, Any] | None) -> str:
+    if ledger is None:
+        return "daemon: none is at work, nobody follows what changes (idmark run)"
+    since = datetime.fromtimestamp(ledger["since"]).strftime("%Y-%m-%d %H:%M")
+    repairs = [repair for repair in ledger["repairs"] if repair["kind"] != "follow"]
+    last = datetime.fromtimestamp(repairs[-1]["at"]).strftime(", last repair %m-%d %H:%M:%S") if repairs else ""
+    return f"daemon: pid {ledger['pid']} since {since}{last}{'' if ledger['in_sync'] else ', NOT IN SYNC: see its log'}"
 
 
 def _counter_lines(families: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +37,8 @@ def main() -> int:
     done: Counter[str] = Counter()
     with stage() as here, here.gateway.host("gw") as gw:
         began = time.monotonic()
+        leaked = ""
+        last: deque[str] = deque(maxlen=4)
         memory = 0
         with gw.inside():
             several = faults(gw, chance)
@@ -45,17 +47,22 @@ def main() -> int:
                 if chance.random() < 0.25:
                     happens = chance.choice(WEATHER)
                     happens(here, gw, chance)
-                    done[happens.__name__.strip("_").replace("_", " ")] += 1
+                    what = happens.__name__.strip("_").replace("_", " ")
                 else:
                     # What a fault is made of may be gone by the time that it comes: another one has been there before.
                     try:
                         fault = next(several)
                         for words in fault.commands:
                             gw.run([*words])
-                        done[fault.kind] += 1
+                        what = f"{fault.kind}: {' / '.join(map(' '.join, fault.commands))}"
                     except (RuntimeError, IndexError):
-                        done["too late"] += 1
+                        what = "too late"
                         several = faults(gw, chance)
+                done[what.partition(":")[0]] += 1
+                last.append(f"{time.monotonic() - began:.2f} s: {what}")
+                if here.leaked() != leaked:
+                    leaked = here.leaked()
+                    print(f"leaked: {leaked}", *last, sep="\n  behind ")
                 if not memory and time.monotonic() > began + WARM:
                     memory, descriptors = _memory(here), _descriptors(here)
                     print(f"after {WARM:.0f} s: {memory} KiB, {descriptors} descriptors")

@@ -149,3 +149,15 @@ def test_always_told(written: Policy, facts: Facts) -> None:
         }
         assert all(tuple(state["counters"]) == COUNTS for state in item["families"].values())
     assert all(line == line.rstrip() and "\n" not in line for line in text(found))
+
+
+def test_daemon_line() -> None:
+    """A person is told whether a daemon is at work, since when, and of its last repair; what it followed is none."""
+    repairs = [{"at": 86400.0, "kind": "rule", "words": ""}, {"at": 172800.0, "kind": "follow", "words": ""}]
+    ledger = {"pid": 7, "since": 0.0, "in_sync": True, "down": {}, "repairs": repairs}
+    found = reported(looked())
+    assert list(text(found))[1].startswith("daemon: none is at work")
+    line = list(text({**found, "daemon": ledger}))[1]
+    assert line.startswith("daemon: pid 7 since 19")
+    assert ", last repair 01-0" in line
+    assert list(text({**found, "daemon": {**ledger, "in_sync": False}}))[1].endswith(", NOT IN SYNC: see its log")
