@@ -14,19 +14,24 @@ from contextlib import closing
 
 from agent.flows import Flow
 from agent.kernel import KernelError
-from agent.kernel.netlink import HEADER, NLM_F_REQUEST, NLMSG_ERROR, SOL_NETLINK, Netlink
+from agent.kernel.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NETLINK_NETFILTER,
+    NLA_TYPE_MASK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    SOL_NETLINK,
+    Netlink,
+)
 from agent.model import Family
 
-NETLINK_NETFILTER = 12
 NETLINK_CAP_ACK = 10
 NLM_F_ACK = 0x4
 NFNL_SUBSYS_CTNETLINK = 1
 CT_GET, CT_DELETE = NFNL_SUBSYS_CTNETLINK << 8 | 1, NFNL_SUBSYS_CTNETLINK << 8 | 2
 #: nfgenmsg: family, version, resource.
 NFGENMSG = struct.Struct("=BBH")
-#: nlattr: length, type. The type's upper two bits say "nested" and "big endian".
-ATTRIBUTE = struct.Struct("=HH")
-KIND = 0x3FFF
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_ZONE = 1, 2, 12, 18
 #: How a tuple begins: its own header, that of CTA_TUPLE_IP, then source and destination, each with its own. The kernel
 #: writes them in this order, the original tuple before the reply's (net/netfilter/nf_conntrack_netlink.c,
@@ -80,7 +85,7 @@ def read_flow(data: bytes, offset: int = 0) -> Flow | None:
 def _addresses(data: bytes, start: int, expected: int, family: Family) -> tuple[int, int, int]:
     """Size, source and destination of the tuple that begins there."""
     size, kind, _, _, _, first, source, _, second, destination = TUPLE[family].unpack_from(data, start)
-    if kind & KIND != expected or (first, second) != CTA_IP[family]:
+    if kind & NLA_TYPE_MASK != expected or (first, second) != CTA_IP[family]:
         raise KernelError("list connections", "this kernel has another order of attributes")
     return size + 3 & ~3, int.from_bytes(source, "big"), int.from_bytes(destination, "big")
 
@@ -90,7 +95,7 @@ def _attributes(data: bytes, start: int, end: int) -> Attributes:
     found: Attributes = {}
     while start < end:
         length, kind = ATTRIBUTE.unpack_from(data, start)
-        found[kind & KIND] = (start + ATTRIBUTE.size, start + length)
+        found[kind & NLA_TYPE_MASK] = (start + ATTRIBUTE.size, start + length)
         start += (length + 3) & ~3
     return found
 

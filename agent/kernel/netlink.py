@@ -15,6 +15,10 @@ SOL_NETLINK = 270
 NETLINK_GET_STRICT_CHK = 12
 NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+NETLINK_NETFILTER = 12
+#: nlattr: length, type; the type's upper two bits say "nested" and "big endian" (linux/netlink.h).
+ATTRIBUTE = struct.Struct("=HH")
+NLA_TYPE_MASK = 0x3FFF
 #: nlmsghdr: length, type, flags, sequence, port (linux/netlink.h).
 HEADER = struct.Struct("=IHHII")
 #: Bytes that one receive has room for: a dump comes in pieces of 32 KiB at most (net/netlink/af_netlink.c).

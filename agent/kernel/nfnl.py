@@ -13,18 +13,15 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from agent.kernel import KernelError
-from agent.kernel.netlink import ATTEMPTS, HEADER, Netlink
+from agent.kernel.netlink import ATTEMPTS, ATTRIBUTE, HEADER, NETLINK_NETFILTER, NLA_TYPE_MASK, Netlink
 from agent.model import Chain, Count, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
 
-NETLINK_NETFILTER = 12
 NFNL_SUBSYS_NFTABLES = 10
 NFPROTO_INET = 1
 GETTABLE, GETCHAIN, GETRULE, GETSET, GETSETELEM, GETGEN, GETOBJ = 1, 4, 7, 10, 13, 16, 19
 #: nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
 NFGENMSG = struct.pack("=BBH", NFPROTO_INET, 0, 0)
-ATTRIBUTE = struct.Struct("=HH")
-NLA_TYPE_MASK = 0x3FFF
 
 #: In each of these messages attribute 1 is the table's name, except that a table's own name is its attribute 1.
 OF_TABLE = 1

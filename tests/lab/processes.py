@@ -1,14 +1,9 @@
-"""The sandbox's processes, and waiting for what they do."""
+"""The sandbox's processes."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
-
-#: Seconds until something that must come is given up.
-PATIENCE = 10.0
 
 
 def processes() -> dict[int, str]:
@@ -19,13 +14,3 @@ def processes() -> dict[int, str]:
         if words and int(directory.name) != os.getpid():
             found[int(directory.name)] = words
     return found
-
-
-def eventually(done: Callable[[], bool]) -> bool:
-    """Whether it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True

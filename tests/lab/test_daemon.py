@@ -24,10 +24,9 @@ from agent.lab.probes import PORT
 from agent.model import Family
 from tests.kernel.admin import Table
 from tests.kernel.net import Host
-from tests.kernel.running import Running, running
+from tests.kernel.running import Running, eventually, running
 from tests.lab.conftest import BuildGateway
 from tests.lab.gateway import Gateway, failures
-from tests.lab.processes import eventually
 from tests.lab.test_leaks import DISCARD, ONE, OTHER, gone, started
 
 TIMES = 20

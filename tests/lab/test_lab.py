@@ -19,8 +19,9 @@ from agent.lab import LabError, hosts, net, sandbox, vpn
 from agent.lab.lab import POLICY, Lab
 from agent.lab.probes import BROKEN, Outcome, matrix
 from agent.model import Family
+from tests.kernel.running import PATIENCE, eventually
 from tests.lab.conftest import Build
-from tests.lab.processes import PATIENCE, eventually, processes
+from tests.lab.processes import processes
 
 VPNS = pytest.mark.parametrize("kind", list(vpn.VPNS))
 

@@ -23,9 +23,9 @@ from agent.lab.probes import PORT, Probe, matrix
 from agent.model import Family
 from tests.kernel.admin import Table
 from tests.kernel.net import Host
+from tests.kernel.running import eventually
 from tests.lab.conftest import BuildGateway
 from tests.lab.gateway import Gateway, failures, forward_probes, forwards
-from tests.lab.processes import eventually
 
 PACKETS = 200
 #: A port where nobody answers: these packets are only counted.
