@@ -108,7 +108,7 @@ class Change:
     def risks(self) -> tuple[str, ...]:
         """What a reviewer should look at twice, each a sentence."""
         found = [
-            f"{few(move.prefixes)}: {self.fate_of(move)}"
+            f"{few(move.prefixes)} {self.fate_of(move)}"
             for move in self.moves
             if move.after is None and not self.unwritten(move)
         ]
@@ -125,17 +125,21 @@ class Change:
         """What becomes of sources, to end a sentence that they begin."""
         before = self._identity(self.before, move.before)
         after = self._identity(self.after, move.after)
+        several = len(move.prefixes) > 1
+        s, es, its = ("", "", "their") if several else ("s", "es", "its")
         if before and after:
             road = (
-                f"leaves by {after.link}, not {before.link}" if after.link != before.link else f"still by {after.link}"
+                f"leave{s} by {after.link}, not {before.link}"
+                if after.link != before.link
+                else f"by {after.link} still"
             )
-            return f"moves from {move.before} to {move.after}: {road}"
+            return f"move{s} from {move.before} to {move.after}: {road}"
         if after:
-            return f"becomes {move.after}'s: leaves by {after.link}, no longer by table main"
-        if self.unwritten(move):
-            assert before is not None  # noqa: S101
-            return f"is no longer written down as {move.before}'s, and stays its own if {before.link} has it"
-        return f"loses its identity ({move.before}): goes by table main"
+            return f"get{s} an identity ({move.after}): leave{s} by {after.link}, and by table main no longer"
+        if before and self.unwritten(move):
+            written = f"{'are' if several else 'is'} no longer written down for {move.before}"
+            return f"{written}, and stay{s} so as long as {before.link} has {'them' if several else 'it'}"
+        return f"lose{s} {its} identity ({move.before}): go{es} by table main"
 
     def unwritten(self, move: Move) -> bool:
         """Whether these are own addresses that were written down, and "auto" may still stand for them."""
@@ -233,8 +237,7 @@ def _notes(before: Desired, after: Desired) -> Iterator[str]:
                 f'identity {identity.name}: its own addresses are "auto", and only the host knows which: they are not '
                 "among the sources here (--facts FILE tells them)"
             )
-    if after.host_known:
-        yield from after.notes
+    yield from after.notes
 
 
 def plain(found: Change) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
+    from agent.change import Change
     from agent.model import Address, Lookup, Policy
     from agent.proof import Ask, Packet
     from agent.reconcile import Seams
@@ -30,6 +31,8 @@ OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "remove"})
 CAP_NET_ADMIN = 12
+#: What `plan --against` calls the policy that was in force last.
+APPLIED = "applied"
 #: How often apply looks whether there is something left to do: a host may be in motion while it works.
 PASSES = 3
 
@@ -152,7 +155,11 @@ def facts(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """What `apply` would do, and the digest to approve it by."""
+    """What `apply` would do, and the digest to approve it by; or what the policy changes against another one."""
+    if args.against is not None:
+        return _against(args)
+    if args.facts or args.format or args.output:
+        raise UsageError("plan: --facts, --format and -o go with --against")
     from agent.reconcile import look  # noqa: PLC0415
 
     policy = _policy(args)
@@ -168,6 +175,35 @@ def plan(args: argparse.Namespace) -> int:
         print(steps, end="")
         print(f"# plan {seen.plan.digest}" if steps else "# in force: nothing to do")
     return DIFFERS if steps else OK
+
+
+def _against(args: argparse.Namespace) -> int:
+    from agent import change, facts  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+    from agent.policy import load  # noqa: PLC0415
+
+    if args.json and args.format:
+        raise UsageError("plan: either --json or --format")
+    policy = _policy(args, quiet=args.json)
+    before = _approved() if args.against == APPLIED else load(Path(args.against))
+    if before is None:
+        raise UsageError("plan --against applied: no policy has been in force here yet")
+    known = facts.load(args.facts) if args.facts else None
+    after = desire(policy, known)
+    _host_faults(after.faults)
+    found = change.change(desire(before, known), after)
+    words = json.dumps(change.plain(found), indent=1) + "\n" if args.json else _format(args.format)(found)
+    if args.output:
+        _write(args.output, words)
+    else:
+        print(words, end="")
+    return OK if found.nothing else DIFFERS
+
+
+def _format(name: str | None) -> Callable[[Change], str]:
+    from agent import page, review  # noqa: PLC0415
+
+    return {"markdown": review.markdown, "html": page.html}.get(name or "", review.text)
 
 
 def apply(args: argparse.Namespace) -> int:
@@ -455,6 +491,15 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["render"].add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder; else stdout")
     verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
     verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
+    against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
+    against.add_argument(
+        "--against",
+        metavar="OTHER",
+        help=f'what changes in meaning: a policy\'s file, or "{APPLIED}": the last in force',
+    )
+    against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
+    against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
+    against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
     verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
     verbs["status"].add_argument("--watch", action="store_true", help="live, in this terminal, until Ctrl-C")
     verbs["apply"].add_argument(

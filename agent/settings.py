@@ -28,6 +28,10 @@ class Setting:
 Effect = tuple[str, bool]
 
 
+#: What an identity does not do unless its policy says so; nothing needs to be said of it then.
+PLAIN = {"addresses": "none", "masquerade": "no", "clamp_mss": "no", "probe": "none", "flush_flows": "no"}
+
+
 class Sides(NamedTuple):
     """An identity and the policy around it, before and after; it wasn't there before if `before` is None."""
 
@@ -39,31 +43,30 @@ class Sides(NamedTuple):
 
 def identity_settings(sides: Sides, renamed: Mapping[str, str]) -> Iterator[Setting]:
     """What is different about an identity; of a new one, what it does. `renamed`: new names by old ones."""
-    known = _words(sides.old, sides.before, renamed) if sides.before else {"name": sides.after.name}
+    known = _words(sides.old, sides.before, renamed) if sides.before else {"name": sides.after.name, **PLAIN}
     for key, value in _words(sides.new, sides.after, {}).items():
-        before = known.get(key, "")
-        if value != before:
+        if value != known.get(key):
             effect, risky = EFFECTS[key](sides)
-            yield Setting(key, before, value, effect, risky)
+            yield Setting(key, known.get(key, "") if sides.before else "", value, effect, risky)
 
 
 def _words(policy: Policy, identity: Identity, renamed: Mapping[str, str]) -> dict[str, str]:
-    """An identity's settings by key, in the words of who operates it; "" for what it does not do."""
+    """An identity's settings by key, in the words of who operates it."""
     own = identity.addresses
     return {
         "name": identity.name,
         "id": str(identity.id),
         "link": identity.link,
-        "addresses": "auto" if own is None else ", ".join(map(str, own)),
+        "addresses": "auto" if own is None else ", ".join(map(str, own)) or "none",
         "next_hop": identity.next_hop if isinstance(identity.next_hop, str) else ", ".join(map(str, identity.next_hop)),
         "when_down": _road(policy, identity, renamed),
-        "masquerade": "yes" if identity.masquerade else "",
-        "clamp_mss": "yes" if identity.clamp_mss else "",
+        "masquerade": "yes" if identity.masquerade else "no",
+        "clamp_mss": "yes" if identity.clamp_mss else "no",
         "probe": _probe(identity),
-        "flush_flows": "yes" if identity.flush_flows else "",
+        "flush_flows": "yes" if identity.flush_flows else "no",
         "fwmark": str(identity.fwmark),
         "table": str(identity.table),
-        "priority": str(identity.priority),
+        "rule priority": str(identity.priority),
     }
 
 
@@ -76,7 +79,7 @@ def _road(policy: Policy, identity: Identity, renamed: Mapping[str, str]) -> str
 
 def _probe(identity: Identity) -> str:
     probe = identity.probe
-    return f"{probe} every {probe.every:g} s, down after {probe.fail_after}" if probe else ""
+    return f"{probe} every {probe.every:g} s, down after {probe.fail_after}" if probe else "none"
 
 
 def _name(sides: Sides) -> Effect:
@@ -164,7 +167,7 @@ EFFECTS: dict[str, Callable[[Sides], Effect]] = {
     "flush_flows": _flush_flows,
     "fwmark": _number,
     "table": _number,
-    "priority": _number,
+    "rule priority": _number,
 }
 
 
@@ -193,7 +196,8 @@ def _kernel(old: Policy, new: Policy) -> Iterator[Setting]:
         effect = (
             "a packet about to leave by a link that is not its identity's is dropped"
             if becomes.enforce
-            else "a packet about to leave by a link that is not its identity's is only counted, and leaves"
+            else "a packet about to leave by a link that is not its identity's is only counted, and leaves; "
+            "members follow table main while the ruleset is not there"
         )
         shown = [str(each.enforce).lower() for each in (was, becomes)]
         yield Setting("kernel.enforce", shown[0], shown[1], effect, was.enforce)
