@@ -61,9 +61,10 @@ class TextChange:
     lines: tuple[str, ...]
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """How many lines are added, and how many are taken away."""
-        return tuple(sum(line.startswith(sign) for line in self.lines) for sign in "+-")  # type: ignore[return-value]
+    def counts(self) -> str:
+        """How many lines are added, and how many taken away, in words."""
+        added, taken = (sum(line.startswith(sign) for line in self.lines) for sign in "+-")
+        return f"{counted(added, 'line', 'lines') or 'none'} added, {taken:,} taken away"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from agent import picture
 from agent.change import CHANGED, GONE, NEW, SAME, Change, Part, TextChange
 from agent.moves import Move, size
-from agent.review import told_counts
 from agent.settings import Setting
 
 #: How many prefixes of a move, and how many lines of a text, a page shows.
@@ -120,7 +119,7 @@ def _settings(settings: Iterable[Setting]) -> Iterator[str]:
 
 
 def _text(each: TextChange) -> Iterator[str]:
-    yield f"<details><summary>{escape(each.name)}: {told_counts(each)}</summary>"
+    yield f"<details><summary>{escape(each.name)}: {each.counts}</summary>"
     yield '<pre tabindex="0">'
     kinds = {"+": "add", "-": "cut", "@": "at", " ": "same"}
     yield "".join(f'<span class="{kinds[line[0]]}">{escape(line)}</span>' for line in each.lines[:LINES])

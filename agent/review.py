@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from agent.change import CHANGED, GONE, NEW, SAME, Change, Part, TextChange
+from agent.change import CHANGED, GONE, NEW, SAME, Change, Part
 from agent.model import Prefix
-from agent.moves import counted, few, size
+from agent.moves import few, size
 from agent.settings import Setting
 
 #: How many characters of a comment are for what changes, and how many for all that is folded: GitHub takes 65,536.
@@ -45,7 +45,7 @@ def _text(found: Change) -> Iterator[str]:
     for note in found.notes:
         yield from ("", f"note: {note}")
     for each in found.texts:
-        yield from ("", f"{each.name}: {told_counts(each)}", *each.lines)
+        yield from ("", f"{each.name}: {each.counts}", *each.lines)
 
 
 def _text_part(part: Part) -> Iterator[str]:
@@ -72,12 +72,6 @@ def _fate(part: Part) -> str:
             return f"is gone: {speaks} spoke as it"
         case _:
             return f"changes, which concerns {speaks}"
-
-
-def told_counts(each: TextChange) -> str:
-    """How many lines of a file differ."""
-    added, taken = each.counts
-    return f"{counted(added, 'line', 'lines') or 'none'} added, {taken:,} taken away"
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
@@ -122,7 +116,7 @@ def _folds(found: Change) -> Iterator[tuple[str, str, list[str]]]:
             title = f"{len(move.prefixes):,} prefixes: {move.before or 'nobody'} → {move.after or 'nobody'}"
             yield title, "", [*map(str, move.prefixes)]
     for each in found.texts:
-        yield f"{each.name}: {told_counts(each)}", "diff", [*each.lines]
+        yield f"{each.name}: {each.counts}", "diff", [*each.lines]
 
 
 def _markdown_part(part: Part) -> Iterator[str]:
