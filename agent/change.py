@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import render
-from agent.desired import Desired
+from agent.desired import Desired, sources_of
 from agent.linediff import unified
 from agent.model import Identity, Policy, Prefix
 from agent.moves import Move, Range, aggregated, counted, few, moves
+from agent.prefixes import outermost
 from agent.settings import Setting, Sides, gateway_settings, identity_settings
 
 #: What becomes of an identity.
@@ -22,15 +23,18 @@ DIGEST = "# policy sha256:"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One identity in both policies; None where it is not. `sources` is what speaks as it, in as few prefixes.
+    """One identity in both policies; None where it is not.
 
-    One that has another name, and the id and link that it had, is the same one renamed.
+    `sources` are the prefixes that are written for it, but for those inside another of its own; `speaks` is what is
+    left of them where longer ones are other identities'. One that has another name, and the id and link that it had,
+    is the same one renamed.
     """
 
     before: Identity | None
     after: Identity | None
     settings: tuple[Setting, ...]
     sources: tuple[Prefix, ...]
+    speaks: tuple[Prefix, ...]
 
     @property
     def identity(self) -> Identity:
@@ -201,19 +205,22 @@ def _parts(before: Desired, after: Desired, renamed: Mapping[str, str]) -> Itera
             tuple(identity_settings(Sides(before.policy, old.get(name), after.policy, new[name]), renamed))
             if name in new
             else (),
-            (spoke if name not in new else speaks).get(name, ()),
+            tuple(outermost((speaks if name in new else spoke)[name][0])),
+            aggregated((speaks if name in new else spoke)[name][1]),
         )
         for name in {**new, **old}
     ]
     yield from sorted(parts, key=lambda part: (part.identity.id, part.after is None, part.name))
 
 
-def _speaks(desired: Desired, renamed: Mapping[str, str]) -> dict[str, tuple[Prefix, ...]]:
-    """What speaks as whom, in as few prefixes."""
-    ranges: dict[str, list[Range]] = defaultdict(list)
+def _speaks(desired: Desired, renamed: Mapping[str, str]) -> dict[str, tuple[list[Prefix], list[Range]]]:
+    """What is written for whom, and what of it the longest prefix leaves to whom."""
+    found: dict[str, tuple[list[Prefix], list[Range]]] = defaultdict(lambda: ([], []))
+    for prefix, name in sources_of(desired.standings):
+        found[renamed.get(name, name)][0].append(prefix)
     for span in desired.classes:
-        ranges[renamed.get(span.identity, span.identity)].append((span.family, span.first, span.last))
-    return {name: aggregated(found) for name, found in ranges.items()}
+        found[renamed.get(span.identity, span.identity)][1].append((span.family, span.first, span.last))
+    return found
 
 
 # --- the text --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from agent import IdmarkError
 
 if TYPE_CHECKING:
     from agent.change import Change
-    from agent.model import Address, Lookup, Policy
+    from agent.model import Address, Facts, Lookup, Policy
     from agent.proof import Ask, Packet
     from agent.reconcile import Seams
 
@@ -178,7 +178,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _against(args: argparse.Namespace) -> int:
-    from agent import change, facts  # noqa: PLC0415
+    from agent import change  # noqa: PLC0415
     from agent.desired import desire  # noqa: PLC0415
     from agent.policy import load  # noqa: PLC0415
 
@@ -188,7 +188,7 @@ def _against(args: argparse.Namespace) -> int:
     before = _approved() if args.against == APPLIED else load(Path(args.against))
     if before is None:
         raise UsageError("plan --against applied: no policy has been in force here yet")
-    known = facts.load(args.facts) if args.facts else None
+    known = _facts(args)
     after = desire(policy, known)
     _host_faults(after.faults)
     found = change.change(desire(before, known), after)
@@ -198,6 +198,14 @@ def _against(args: argparse.Namespace) -> int:
     else:
         print(words, end="")
     return OK if found.nothing else DIFFERS
+
+
+def _facts(args: argparse.Namespace) -> Facts | None:
+    if args.facts is None:
+        return None
+    from agent import facts  # noqa: PLC0415
+
+    return facts.load(args.facts)
 
 
 def _format(name: str | None) -> Callable[[Change], str]:

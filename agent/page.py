@@ -103,7 +103,7 @@ def _part(part: Part) -> Iterator[str]:
         shown = ", ".join(map(str, part.sources[:4]))
         more = f" and {len(part.sources) - 4:,} more" if len(part.sources) > 4 else ""
         verb = "Spoke" if part.fate == GONE else "Speaks"
-        yield f'<p class="dim">{verb} for <code>{escape(shown)}</code>{more} ({escape(size(part.sources))})</p>'
+        yield f'<p class="dim">{verb} for <code>{escape(shown)}</code>{more} ({escape(size(part.speaks))})</p>'
     yield from _settings(part.settings)
     yield "</article>"
 

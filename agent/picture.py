@@ -148,7 +148,14 @@ def _lane(found: Change, part: Part) -> Lane:
             _said("when_down", settings, f"down: {_down(part, settings)}"),
             *_probe(identity, settings),
         ),
-        (*_leaving(identity, settings, enforce=policy.kernel.enforce, changed=_if("kernel.enforce", found.gateway)),),
+        (
+            *_leaving(
+                identity,
+                settings,
+                enforce=policy.kernel.enforce,
+                changed=_if("kernel.enforce", found.gateway) if part.before and part.after else "",
+            ),
+        ),
         (_said("link", settings, identity.link, "name"), *_was(settings, "link")),
     )
     return Lane(boxes, fate, ", ".join(badges))

@@ -64,7 +64,7 @@ def _text_settings(settings: Iterable[Setting]) -> Iterator[str]:
 
 
 def _fate(part: Part) -> str:
-    speaks = f"{few(part.sources)} ({size(part.sources)})" if part.sources else "nothing that is written down"
+    speaks = f"{few(part.sources)} ({size(part.speaks)})" if part.sources else "nothing that is written down"
     match part.fate:
         case "new":
             return f"is new: {speaks} speaks as it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from agent.change import CHANGED, GONE, NEW, SAME, Change, change, plain
 from agent.desired import GUARDED, desire, sources_of
-from agent.model import Facts, Family, Kernel, Policy, Prefix, Probe, parse_address
+from agent.model import Facts, Family, Identity, Kernel, Policy, Prefix, Probe, parse_address
 from agent.policy import load
 from agent.prefixes import lookup
+from agent.settings import EFFECTS
 from tests.unit.values import GATEWAY, host, hosts, identity, policies, policy, toml
 
 INSIDE = identity("inside", 1, "wg0", addresses=["192.0.2.130"], members=["10.9.0.0/24", "10.9.7.0/24"])
@@ -357,6 +358,21 @@ def test_guards_are_lost() -> None:
     found = to(policy(replace(INSIDE, members=many), OUTSIDE))
     (setting,) = found.gateway
     assert (setting.key, setting.before, setting.after, setting.risky) == ("ipv4 guard rules", "yes", "no", True)
+
+
+@pytest.mark.parametrize("key", [each.name for each in fields(Kernel)])
+def test_every_setting_of_the_kernel(key: str) -> None:
+    """No key of [kernel] can change without being told."""
+    value = getattr(Kernel(), key)
+    other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value}_2"
+    found = to(replace(BEFORE, kernel=replace(Kernel(), **{key: other})))
+    assert [setting.key for setting in found.gateway] == [f"kernel.{key}"]
+
+
+def test_every_setting_of_an_identity() -> None:
+    """No key of an identity can change without being told; its members are told as what changes hands."""
+    keys = {each.name for each in fields(Identity)} - {"members", "priority"}
+    assert {*EFFECTS} == keys | {"rule priority"}
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
