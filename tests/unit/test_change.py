@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -364,7 +365,7 @@ def test_guards_are_lost() -> None:
 def test_every_setting_of_the_kernel(key: str) -> None:
     """No key of [kernel] can change without being told."""
     value = getattr(Kernel(), key)
-    other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value}_2"
+    other: Any = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value}_2"
     found = to(replace(BEFORE, kernel=replace(Kernel(), **{key: other})))
     assert [setting.key for setting in found.gateway] == [f"kernel.{key}"]
 
