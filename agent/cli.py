@@ -177,43 +177,6 @@ def plan(args: argparse.Namespace) -> int:
     return DIFFERS if steps else OK
 
 
-def _against(args: argparse.Namespace) -> int:
-    from agent import change  # noqa: PLC0415
-    from agent.desired import desire  # noqa: PLC0415
-    from agent.policy import load  # noqa: PLC0415
-
-    if args.json and args.format:
-        raise UsageError("plan: either --json or --format")
-    policy = _policy(args, quiet=args.json)
-    before = _approved() if args.against == APPLIED else load(Path(args.against))
-    if before is None:
-        raise UsageError("plan --against applied: no policy has been in force here yet")
-    known = _facts(args)
-    after = desire(policy, known)
-    _host_faults(after.faults)
-    found = change.change(desire(before, known), after)
-    words = json.dumps(change.plain(found), indent=1) + "\n" if args.json else _format(args.format)(found)
-    if args.output:
-        _write(args.output, words)
-    else:
-        print(words, end="")
-    return OK if found.nothing else DIFFERS
-
-
-def _facts(args: argparse.Namespace) -> Facts | None:
-    if args.facts is None:
-        return None
-    from agent import facts  # noqa: PLC0415
-
-    return facts.load(args.facts)
-
-
-def _format(name: str | None) -> Callable[[Change], str]:
-    from agent import page, review  # noqa: PLC0415
-
-    return {"markdown": review.markdown, "html": page.html}.get(name or "", review.text)
-
-
 def apply(args: argparse.Namespace) -> int:
     """Put the policy in force."""
     from agent import reconcile, source  # noqa: PLC0415
@@ -441,6 +404,43 @@ def _content(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise UsageError(f"read {path}: {error.strerror}") from error
+
+
+def _against(args: argparse.Namespace) -> int:
+    from agent import change  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+    from agent.policy import load  # noqa: PLC0415
+
+    if args.json and args.format:
+        raise UsageError("plan: either --json or --format")
+    policy = _policy(args, quiet=args.json)
+    before = _approved() if args.against == APPLIED else load(Path(args.against))
+    if before is None:
+        raise UsageError("plan --against applied: no policy has been in force here yet")
+    known = _facts(args)
+    after = desire(policy, known)
+    _host_faults(after.faults)
+    found = change.change(desire(before, known), after)
+    words = json.dumps(change.plain(found), indent=1) + "\n" if args.json else _format(args.format)(found)
+    if args.output:
+        _write(args.output, words)
+    else:
+        print(words, end="")
+    return OK if found.nothing else DIFFERS
+
+
+def _facts(args: argparse.Namespace) -> Facts | None:
+    if args.facts is None:
+        return None
+    from agent import facts  # noqa: PLC0415
+
+    return facts.load(args.facts)
+
+
+def _format(name: str | None) -> Callable[[Change], str]:
+    from agent import page, review  # noqa: PLC0415
+
+    return {"markdown": review.markdown, "html": page.html}.get(name or "", review.text)
 
 
 def _plain(fault: object) -> dict[str, object]:
