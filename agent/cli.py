@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
 
 DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
+#: What `plan --against` calls the policy that was in force last.
+APPLIED = "applied"
 OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "remove"})
 CAP_NET_ADMIN = 12
-#: What `plan --against` calls the policy that was in force last.
-APPLIED = "applied"
 #: How often apply looks whether there is something left to do: a host may be in motion while it works.
 PASSES = 3
 
@@ -499,15 +499,6 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["render"].add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder; else stdout")
     verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
     verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
-    against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
-    against.add_argument(
-        "--against",
-        metavar="OTHER",
-        help=f'what changes in meaning: a policy\'s file, or "{APPLIED}": the last in force',
-    )
-    against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
-    against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
-    against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
     verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
     verbs["status"].add_argument("--watch", action="store_true", help="live, in this terminal, until Ctrl-C")
     verbs["apply"].add_argument(
@@ -526,6 +517,15 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
+    against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
+    against.add_argument(
+        "--against",
+        metavar="OTHER",
+        help=f'what changes in meaning: a policy\'s file, or "{APPLIED}": the last in force',
+    )
+    against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
+    against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
+    against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
 
 
 def _version() -> str:
