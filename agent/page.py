@@ -120,7 +120,7 @@ def _settings(settings: Iterable[Setting]) -> Iterator[str]:
 
 def _text(each: TextChange) -> Iterator[str]:
     yield f"<details><summary>{escape(each.name)}: {each.counts}</summary>"
-    yield '<pre tabindex="0">'
+    yield f'<pre tabindex="0" role="region" aria-label="{escape(each.name)}">'
     kinds = {"+": "add", "-": "cut", "@": "at", " ": "same"}
     yield "".join(f'<span class="{kinds[line[0]]}">{escape(line)}</span>' for line in each.lines[:LINES])
     if len(each.lines) > LINES:

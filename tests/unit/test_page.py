@@ -130,6 +130,18 @@ def test_fits(seen: Seen) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["two", "forty"])
+def test_every_width(name: str, browser: Browser, tmp_path: Path) -> None:
+    """Nobody has to scroll sideways, from the narrowest screen that counts (WCAG 2, 1.4.10) to a wide one."""
+    file = tmp_path / "change.html"
+    file.write_text(page.html(CHANGES[name]()), encoding="utf-8")
+    shown = Seen(browser, file, 320, "light").page
+    for width in (320, 600, 800, 801, 1000, 1920):
+        shown.set_viewport_size({"width": width, "height": 900})
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+    shown.close()
+
+
 CONTRAST = """() => {
     const channel = value => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
     const luminance = rgb => 0.2126 * channel(rgb[0]) + 0.7152 * channel(rgb[1]) + 0.0722 * channel(rgb[2]);
@@ -216,14 +228,16 @@ def test_every_change_is_shown(name: str, browser: Browser, tmp_path: Path) -> N
 
 
 def test_printed(browser: Browser, tmp_path: Path) -> None:
-    """On paper it is several pages at most, with the wide picture."""
+    """On paper it is several pages at most, dark on white whatever the screen is, with the wide picture."""
     file = tmp_path / "change.html"
     file.write_text(page.html(two()), encoding="utf-8")
-    shown = Seen(browser, file, 1280, "light").page
+    shown = Seen(browser, file, 1280, "dark").page
     printed = shown.pdf(format="A4")
     assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 12
     shown.emulate_media(media="print")
     assert shown.locator("svg.wide").is_visible()
+    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert shown.evaluate(CONTRAST)[1] == []
     shown.close()
 
 
