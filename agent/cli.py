@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
-    from agent.model import Address, Lookup, Policy
+    from agent.change import Change
+    from agent.model import Address, Facts, Lookup, Policy
     from agent.proof import Ask, Packet
     from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
 
 DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
+#: What `plan --against` calls the policy that was in force last.
+APPLIED = "applied"
 OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "remove"})
@@ -152,7 +155,11 @@ def facts(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """What `apply` would do, and the digest to approve it by."""
+    """What `apply` would do, and the digest to approve it by; or what the policy changes against another one."""
+    if args.against is not None:
+        return _against(args)
+    if args.facts or args.format or args.output:
+        raise UsageError("plan: --facts, --format and -o go with --against")
     from agent.reconcile import look  # noqa: PLC0415
 
     policy = _policy(args)
@@ -404,6 +411,43 @@ def _content(path: Path) -> bytes | None:
         raise UsageError(f"read {path}: {error.strerror}") from error
 
 
+def _against(args: argparse.Namespace) -> int:
+    from agent import change  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+    from agent.policy import load  # noqa: PLC0415
+
+    if args.json and args.format:
+        raise UsageError("plan: either --json or --format")
+    policy = _policy(args, quiet=args.json)
+    before = _approved() if args.against == APPLIED else load(Path(args.against))
+    if before is None:
+        raise UsageError("plan --against applied: no policy has been in force here yet")
+    known = _facts(args)
+    after = desire(policy, known)
+    _host_faults(after.faults)
+    found = change.change(desire(before, known), after)
+    words = json.dumps(change.plain(found), indent=1) + "\n" if args.json else _format(args.format)(found)
+    if args.output:
+        _write(args.output, words)
+    else:
+        print(words, end="")
+    return OK if found.nothing else DIFFERS
+
+
+def _facts(args: argparse.Namespace) -> Facts | None:
+    if args.facts is None:
+        return None
+    from agent import facts  # noqa: PLC0415
+
+    return facts.load(args.facts)
+
+
+def _format(name: str | None) -> Callable[[Change], str]:
+    from agent import page, review  # noqa: PLC0415
+
+    return {"markdown": review.markdown, "html": page.html}.get(name or "", review.text)
+
+
 def _plain(fault: object) -> dict[str, object]:
     return {name: getattr(fault, name) for name in ("file", "line", "path", "message")}
 
@@ -478,6 +522,15 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
+    against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
+    against.add_argument(
+        "--against",
+        metavar="OTHER",
+        help=f'what changes in meaning: a policy\'s file, or "{APPLIED}": the last in force',
+    )
+    against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
+    against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
+    against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
 
 
 def _version() -> str:
