@@ -8,28 +8,19 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent.lab import net
-from agent.lab.lab import Count, Lab
+from agent.lab.lab import Lab
 from agent.model import Family
 from tests.kernel.running import Running, running
 from tests.lab.gateway import Gateway
 
 #: A port where nobody answers, and seconds between two rounds of one datagram each.
 DISCARD, PAUSE = 9, 0.005
-#: Where what would be a leak arrives: I and its members at the provider's, O at the company's.
-LEAKS = (
-    (
-        "isp",
-        'iifname "gw" ip saddr { 192.0.2.0/24, 10.9.0.0/24 } counter name seen; '
-        'iifname "gw" ip6 saddr { 2001:db8:4::/64, 2001:db8:9::/64 }',
-    ),
-    ("corp", 'iifname "gw" ip saddr 203.0.113.0/24 counter name seen; iifname "gw" ip6 saddr 2001:db8:2::/64'),
-)
 METRICS = "unix:/run/idmark-bench.sock"
 
 
@@ -60,13 +51,11 @@ class Stage:
     gateway: Gateway
     daemon: Running
     traffic: Traffic
-    seen_at_isp: Callable[[], Count]
-    seen_at_corp: Callable[[], Count]
+    crossed: Callable[[], Mapping[str, int]]
 
     def leaked(self) -> str:
         """How many packets of an identity left by the other one's link; empty for none."""
-        seen = {"I at isp": self.seen_at_isp().packets, "O at corp": self.seen_at_corp().packets}
-        return ", ".join(f"{count} of {place}" for place, count in seen.items() if count)
+        return ", ".join(f"{count} of {place}" for place, count in self.crossed().items())
 
 
 @contextlib.contextmanager
@@ -90,11 +79,11 @@ def stage(**policy: Any) -> Iterator[Stage]:
         )
         for sock, _ in traffic.sockets:
             sock.settimeout(0)
-        isp, corp = (stack.enter_context(gateway.lab.counting(*place)) for place in LEAKS)
+        crossed = stack.enter_context(gateway.crossings())
         thread = threading.Thread(target=traffic.run)
         thread.start()
         try:
-            yield Stage(gateway, daemon, traffic, isp, corp)
+            yield Stage(gateway, daemon, traffic, crossed)
         finally:
             traffic.done.set()
             thread.join()

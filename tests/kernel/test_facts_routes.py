@@ -302,6 +302,7 @@ def test_a_route_outlives_its_preferred_source(gateway: Gateway, family: str, so
     """When a `src` address goes, a route of T stays: in IPv4 with the dead source, in IPv6 without one."""
     gw, address = gateway.gw, {"ipv4": "192.0.2.140/25", "ipv6": "2001:db8:4::140/64"}[family]
     gw.ip("address", "add", address, "dev", "vpn0")
+    gw.settle()
     gw.ip("route", "add", ELSEWHERE[family], "dev", "wan", "src", address.partition("/")[0], "table", "4001")
     gw.ip("address", "delete", address, "dev", "vpn0")
     (left,) = gw.ip_json(OPTION[family], "route", "show", "table", "4001")

@@ -56,7 +56,7 @@ def defaults(admin: Admin, number: int, option: str = "-4") -> list[str]:
 def sources(admin: Admin, number: int, option: str) -> set[str]:
     """The own addresses that a table has a rule for."""
     return {
-        rule["src"] for rule in admin.host.ip_json("-N", option, "rule", "list") if rule["table"] == str(number)
+        rule["src"] for rule in admin.host.ip_json("-N", option, "rule", "list") if rule.get("table") == str(number)
     } - {"all"}
 
 

@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ def failures(outcomes: Iterable[Outcome]) -> dict[tuple[str, Family], str]:
     return {(outcome.probe.name, outcome.probe.family): outcome.reason for outcome in outcomes if not outcome.ok}
 
 
+#: Where packets arrive that have left by a foreign link: I and its members at the provider's, O at the company's.
+CROSSINGS = {
+    ("I", "isp"): 'iifname "gw" ip saddr { 192.0.2.0/24, 10.9.0.0/24 }',
+    ("I (IPv6)", "isp"): 'iifname "gw" ip6 saddr { 2001:db8:4::/64, 2001:db8:9::/64 }',
+    ("O", "corp"): 'iifname "gw" ip saddr 203.0.113.0/24',
+    ("O (IPv6)", "corp"): 'iifname "gw" ip6 saddr 2001:db8:2::/64',
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """A lab whose gateway has a policy. `directory` is where the policy lies."""
@@ -127,6 +136,19 @@ class Gateway:
             for family, state in identity["families"].items()
             for kind, counter in state["counters"].items()
         }
+
+    @contextmanager
+    def crossings(self) -> Iterator[Callable[[], Mapping[str, int]]]:
+        """Count the packets of an identity that leave by the other one's link, from now on; what is yielded tells.
+
+        Not every stranger: an ICMPv6 error of the gateway's own may go to corp with an address that it has on the LAN.
+        """
+        with ExitStack() as stack:
+            seen = {
+                f"{who} at {host}": stack.enter_context(self.lab.counting(host, match))
+                for (who, host), match in CROSSINGS.items()
+            }
+            yield lambda: {place: count().packets for place, count in seen.items() if count().packets}
 
     def leaked(self) -> Mapping[str, Count]:
         """Whose packets isp and corp dropped, by host and family: empty if none."""
