@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
+    from agent.applying import Order
     from agent.change import Change
     from agent.model import Address, Facts, Lookup, Policy
+    from agent.planfile import Reviewed
     from agent.proof import Ask, Packet
     from agent.reconcile import Seams
 
@@ -31,10 +34,8 @@ DEFAULT_POLICY = Path("/etc/idmark/policy.toml")
 APPLIED = "applied"
 OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
-CHANGING = frozenset({"apply", "remove"})
+CHANGING = frozenset({"apply", "rollback", "remove"})
 CAP_NET_ADMIN = 12
-#: How often apply looks whether there is something left to do: a host may be in motion while it works.
-PASSES = 3
 
 
 class UsageError(IdmarkError):
@@ -157,9 +158,12 @@ def facts(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """What `apply` would do, and the digest to approve it by; or what the policy changes against another one."""
     if args.against is not None:
+        if args.out:
+            raise UsageError("plan: --out is for a plan of this host, not --against another policy (there: -o)")
         return _against(args)
     if args.facts or args.format or args.output:
         raise UsageError("plan: --facts, --format and -o go with --against")
+    from agent import planfile  # noqa: PLC0415
     from agent.reconcile import look  # noqa: PLC0415
 
     policy = _policy(args)
@@ -167,6 +171,8 @@ def plan(args: argparse.Namespace) -> int:
         seen = look(policy, kernel, _down())
     _host_faults(seen.desired.faults)
     steps = seen.plan.text
+    if args.out:
+        planfile.write(args.out, policy, seen.plan)
     if args.json:
         notes = list(seen.notes)
         print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": notes}, indent=1))
@@ -179,43 +185,143 @@ def plan(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Put the policy in force."""
-    from agent import reconcile, source  # noqa: PLC0415
+    from agent import planfile  # noqa: PLC0415
+    from agent.applying import Order  # noqa: PLC0415
     from agent.kernel import runtime  # noqa: PLC0415
 
-    policy = None if args.approved else _policy(args)
+    reviewed = planfile.read(args.plan) if args.plan else None
+    policy = reviewed.policy if reviewed else None if args.approved else _policy(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
         policy = policy or _approved()
         if policy is None:
             print("no policy has been in force here yet: nothing to do")
             return OK
-        seen = reconcile.look(policy, kernel, _down())
+        order = Order(once=bool(reviewed) or args.expect is not None, recorded=not args.approved, **_net(args))
+        said = _apply(policy, kernel, order, yes=args.yes, expect=args.expect, reviewed=reviewed)
+    return said.tell()
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Back to the policy before, or to that of an apply with this number; or end what waits for confirmation."""
+    from agent import applying, history, trial  # noqa: PLC0415
+    from agent.kernel import runtime  # noqa: PLC0415
+
+    with _kernel(args) as kernel, runtime.lock("rollback"):
+        waiting = trial.pending()
+        if waiting and args.number is None:
+            left = trial.take_back(waiting, kernel, "rolled back")
+            _notes(f"could not be put back: {words}" for words in left)
+            print(f"policy {waiting.digest[:12]} is rolled back: what was in force before it is in force again")
+            return TROUBLE if left else OK
+        now = applying.kept()
+        number = args.number
+        entry = history.before(now.digest if now else "") if number is None else history.find(number)
+        if entry is None:
+            raise UsageError(f"rollback: there is no {'policy before' if number is None else f'apply {number}'}")
+        policy = history.policy_of(entry)
+        unwanted = now.digest if now and now.digest != policy.digest else ""
+        order = applying.Order(verb=f"rollback to {entry.number}", unwanted=unwanted, **_net(args))
+        said = _apply(policy, kernel, order, yes=args.yes)
+    return said.tell()
+
+
+def _net(args: argparse.Namespace) -> dict[str, Any]:
+    return {"within": args.confirm_within, "where": args.netns}
+
+
+def _apply(
+    policy: Policy,
+    kernel: Seams,
+    order: Order,
+    *,
+    yes: bool,
+    expect: str | None = None,
+    reviewed: Reviewed | None = None,
+) -> _Said:
+    """Look, refuse what is not to be done, do the rest; what there is to say of it."""
+    from agent import applying, reconcile  # noqa: PLC0415
+
+    notes = applying.nothing_pending(kernel)
+    down = _down()
+    seen = reconcile.look(policy, kernel, down)
+    if seen.desired.faults:
+        applying.refused(policy, seen, order.verb, "; ".join(seen.desired.faults))
         _host_faults(seen.desired.faults)
-        expected = args.expect is None or args.expect.lower() == seen.plan.digest
-        left, changes = seen.plan, 0
-        # A plan that was approved is applied once: what would come after it was not approved.
-        for _attempt in range(PASSES if args.expect is None else int(expected)):
-            reconcile.apply(left, kernel)
-            changes += len(left.steps)
-            left = reconcile.look(policy, kernel, _down()).plan
-            if not left.steps:
-                break
-        # Before the lock is free: what has been applied is what a daemon keeps from now on.
-        if expected:
-            source.hand_over(policy)
-        if expected and not args.approved:
-            _save(policy)
-    # Whoever reads this may take his time: the lock is free again.
-    if not expected:
-        print(seen.plan.text, end="")
-        _complain(f"the plan is {seen.plan.digest}, not {args.expect!r} as expected; nothing was changed")
-        return DIFFERS
-    _notes(seen.notes)
-    if left.steps:
-        print(left.text, end="")
-        _complain("applied, and this differs again already: somebody else changes it, or the host is in motion")
-        return TROUBLE
-    many = "change" if changes == 1 else "changes"
-    print(f"in force: {changes} {many}, plan {seen.plan.digest}" if changes else "in force: nothing to do")
+    expected = reviewed.digest if reviewed else seen.plan.digest if expect is None else expect
+    if expected.lower() != seen.plan.digest:
+        text = "".join(f"{line}\n" for line in reviewed.moved(seen.plan)) if reviewed else seen.plan.text
+        words = f"the plan is {seen.plan.digest}, not {expected!r} as expected"
+        notes += applying.refused(policy, seen, order.verb, words)
+        return _Said(DIFFERS, text, notes, f"{words}; nothing was changed")
+    before = applying.kept()
+    danger = applying.danger(seen, before, kernel, down) if order.recorded and not yes and not order.within else None
+    if danger:
+        notes += applying.refused(policy, seen, order.verb, danger)
+        remedy = "--confirm-within 60s takes it back unless you confirm; --yes does it all the same"
+        return _Said(DIFFERS, "", notes, f"{danger}; nothing was changed: {remedy}")
+    done = applying.apply(policy, seen, before, kernel, down=down, order=order)
+    notes += (*seen.notes, *done.notes)
+    text = ""
+    if done.waiting:
+        text = f"waiting for: idmark confirm, within {order.within:g} seconds; else all goes back as it was\n"
+    elif order.within is not None:
+        notes += ("there is nothing to confirm: it was in force already",)
+    if done.left.steps:
+        complaint = "applied, and this differs again already: somebody else changes it, or the host is in motion"
+        return _Said(TROUBLE, text + done.left.text, notes, complaint)
+    many = "change" if done.changes == 1 else "changes"
+    words = f"{done.changes} {many}, plan {seen.plan.digest}" if done.changes else "nothing to do"
+    return _Said(OK, f"{text}in force: {words}\n", notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a verb has to say when it has given the lock back: whoever reads it may take his time."""
+
+    code: int
+    text: str
+    notes: tuple[str, ...] = ()
+    complaint: str = ""
+
+    def tell(self) -> int:
+        _notes(self.notes)
+        print(self.text, end="")
+        if self.complaint:
+            _complain(self.complaint)
+        return self.code
+
+
+def confirm(args: argparse.Namespace) -> int:
+    """Keep what `apply --confirm-within` has put in force."""
+    from agent import trial  # noqa: PLC0415
+    from agent.kernel import runtime  # noqa: PLC0415
+
+    with _kernel(args), runtime.lock("confirm"):
+        waiting = trial.pending()
+        if waiting is None:
+            _complain("nothing waits for confirmation")
+            return DIFFERS
+        if waiting.is_due(trial.clock()):
+            _complain(f"too late: policy {waiting.digest[:12]} is being taken back")
+            return DIFFERS
+        trial.confirm(waiting)
+    print(f"confirmed: policy {waiting.digest[:12]} stays in force")
+    return OK
+
+
+def history(args: argparse.Namespace) -> int:
+    """What was applied here: when, by whom, and what became of it."""
+    from agent import history  # noqa: PLC0415
+
+    if args.netns is not None:
+        _kernel(args)
+    found = history.entries()
+    if args.json:
+        print(json.dumps([history.plain(entry) for entry in found], indent=1))
+    for entry in () if args.json else found:
+        what = f"{entry.verb} by {entry.user}: policy {entry.policy[:12]}, changes: {entry.changes}"
+        why = f": {entry.why.splitlines()[0]}" if entry.why else ""
+        print(f"{entry.number:>4}  {entry.when}  {what}, {entry.outcome}{why}")
     return OK
 
 
@@ -272,6 +378,53 @@ def explain(args: argparse.Namespace) -> int:
     return DIFFERS if explanation.agrees is False else OK
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """What on this host will hurt, with the evidence and the remedy; without a policy, what would hurt one."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from agent import doctor  # noqa: PLC0415
+    from agent.examination import examine  # noqa: PLC0415
+    from agent.model import Policy  # noqa: PLC0415
+
+    here = args.policy != DEFAULT_POLICY or args.policy.exists()
+    policy = _policy(args, quiet=args.json) if here else Policy("", None, ())
+    with _kernel(args) as kernel:
+        found = doctor.findings(*examine(policy, kernel, _down()))
+    if args.json:
+        checks, findings = list(doctor.CHECKS), [asdict(finding) for finding in found]
+        print(json.dumps({"policy": policy.digest or None, "checks": checks, "findings": findings}, indent=1))
+    else:
+        for line in doctor.text(found):
+            print(line)
+        many = "finding" if len(found) == 1 else "findings"
+        print(f"{len(doctor.CHECKS)} checks, {len(found)} {many}" if found else f"{len(doctor.CHECKS)} checks: clean")
+        if not here:
+            print(f"there is no {args.policy}: what concerns single identities was not looked at")
+    return DIFFERS if found else OK
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Prove that no packet of an identity leaves by another's link."""
+    from agent import artefact, facts, render  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+    from agent.verify import prove, report, text  # noqa: PLC0415
+
+    policy = _policy(args, quiet=args.json)
+    if args.live and args.facts:
+        raise UsageError("verify --live asks this host: it takes no --facts")
+    if args.live:
+        from agent import witness  # noqa: PLC0415
+
+        with _kernel(args) as kernel:
+            proof = witness.verify(policy, kernel, _down())
+    else:
+        known = facts.load(args.facts) if args.facts else None
+        desired = desire(policy, known)
+        proof = prove(desired, known, artefact.read(render.files(desired)))
+    print(json.dumps(report(proof), indent=1) if args.json else "\n".join(text(proof)))
+    return DIFFERS if proof.counterexamples else OK
+
+
 def _address(text: str) -> Address:
     from agent.model import parse_address  # noqa: PLC0415
 
@@ -290,7 +443,7 @@ def _asker(kernel: Seams) -> Ask:
 
 def remove(args: argparse.Namespace) -> int:
     """Take away all that is ours. Needs no policy."""
-    from agent import reconcile, state  # noqa: PLC0415
+    from agent import reconcile, state, trial  # noqa: PLC0415
     from agent.kernel import runtime  # noqa: PLC0415
 
     with _kernel(args) as kernel, runtime.lock("remove"):
@@ -298,6 +451,7 @@ def remove(args: argparse.Namespace) -> int:
         if pid is not None:
             raise UsageError(f"remove: idmark run (pid {pid}) would put it back: stop that first")
         gone = reconcile.remove(kernel)
+        trial.forget()
         state.forget()
     print(gone.text, end="")
     print("removed" if gone.steps else "nothing of idmark's is here")
@@ -345,16 +499,6 @@ def _approved() -> Policy | None:
     from agent import state  # noqa: PLC0415
 
     return state.load()
-
-
-def _save(policy: Policy) -> None:
-    """For `apply --approved` at the next boot. What is in force is in force, also where nothing can be written."""
-    from agent import state  # noqa: PLC0415
-
-    try:
-        state.save(policy)
-    except state.StateError as error:
-        _notes([str(error)])
 
 
 def _policy(args: argparse.Namespace, *, quiet: bool = False) -> Policy:
@@ -479,9 +623,14 @@ def _parser() -> argparse.ArgumentParser:
         (render, "write ruleset.nft and routing.txt for review", ()),
         (plan, "show what apply would do, and its digest", ("json", "netns")),
         (apply, "put the policy in force", ("netns",)),
+        (confirm, "keep what apply --confirm-within has put in force", ("netns",)),
+        (rollback, "go back to the policy before, or to that of an apply of the history", ("netns",)),
+        (history, "list what was applied, when, by whom, and what became of it", ("json", "netns")),
         (run, "keep the policy in force whatever happens to the host, and serve metrics", ("netns",)),
         (status, "show identities, links, ways out and counters", ("json", "netns")),
         (explain, "show one packet's way step by step, and whether the kernel agrees", ("json", "netns")),
+        (doctor, "say what on this host will hurt, with the evidence and the remedy", ("json", "netns")),
+        (verify, "prove that no packet of an identity leaves by another's link", ("json", "netns")),
         (remove, "take away all that is idmark's; needs no policy", ("netns",)),
         (facts, "print what the policy needs to know of this host, for render --facts", ("netns",)),
         (schema, "print the policy's JSON Schema", ()),
@@ -504,9 +653,18 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["render"].add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder; else stdout")
     verbs["render"].add_argument("--check", action="store_true", help="does DIR hold exactly this? 0 yes, 1 no")
     verbs["render"].add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed")
-    verbs["apply"].add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
+    verbs["plan"].add_argument("--out", type=Path, metavar="FILE", help="write plan and policy there, for apply --plan")
+    what = verbs["apply"].add_mutually_exclusive_group()
+    what.add_argument("--expect", metavar="DIGEST", help="refuse (1) unless the plan has this digest")
+    what.add_argument("--plan", type=Path, metavar="FILE", help="exactly what plan --out wrote, or nothing (1)")
+    verbs["rollback"].add_argument("number", nargs="?", type=int, metavar="N", help="the apply's number in the history")
+    for name in ("apply", "rollback"):
+        verbs[name].add_argument(
+            "--confirm-within", type=_duration, metavar="60s", help="all goes back unless idmark confirm comes in time"
+        )
+        verbs[name].add_argument("--yes", action="store_true", help="also if your own SSH session takes another road")
     verbs["status"].add_argument("--watch", action="store_true", help="live, in this terminal, until Ctrl-C")
-    verbs["apply"].add_argument(
+    what.add_argument(
         "--approved", action="store_true", help="not the file's policy, but the one in force last: for the boot"
     )
     metrics = verbs["run"].add_argument_group("metrics")
@@ -519,6 +677,10 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     metrics.add_argument("--certificate", type=Path, metavar="FILE", help="serve them by TLS, with this certificate")
     metrics.add_argument("--key", type=Path, metavar="FILE", help="the certificate's private key")
     metrics.add_argument("--client-ca", type=Path, metavar="FILE", help="let in only whom this CA has signed")
+    verbs["verify"].add_argument(
+        "--facts", type=Path, metavar="FILE", help="of the host that idmark facts printed this of"
+    )
+    verbs["verify"].add_argument("--live", action="store_true", help="then against the running kernel, of this host")
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
@@ -531,6 +693,17 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
     against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
     against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
+
+
+def _duration(text: str) -> float:
+    """Seconds, from 60, 60s, 5m or 1h."""
+    number, unit = (text[:-1], text[-1]) if text.endswith(tuple(_UNITS)) else (text, "s")
+    if not (number.isascii() and number.isdigit()) or not 0 < int(number) * _UNITS[unit] <= _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration from 1s to 24h")
+    return float(int(number) * _UNITS[unit])
+
+
+_UNITS, _LONGEST = {"s": 1, "m": 60, "h": 3600}, 24 * 3600
 
 
 def _version() -> str:

@@ -7,14 +7,15 @@ import signal
 import time
 from collections.abc import Callable
 
-from agent import IdmarkError, state
+from agent import IdmarkError, history, state, trial
 from agent.keeper import Keeper
-from agent.kernel import runtime
+from agent.kernel import KernelError, runtime
 from agent.kernel.wake import Wake
 from agent.metrics import Metrics
 from agent.model import Policy
 from agent.notify import Notify
 from agent.policy import PolicyError
+from agent.reconcile import ApplyError, HostError, Look
 from agent.source import Source
 
 #: Signals that the daemon lives by.
@@ -32,6 +33,15 @@ REST, REST_LAST = 4.0, 1.0
 PATIENCE, BUSY, BUSY_LONG = 1.0, 0.05, 1.0
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
 HEALTHY = 300.0
+
+
+class UnwantedError(IdmarkError):
+    """The policy was taken back, or nobody has confirmed it: it is left alone until somebody applies it."""
+
+    def __init__(self, policy: Policy, why: str) -> None:
+        super().__init__(
+            f"policy {policy.digest[:12]} is not wanted: {why}; apply it, or change it, to have it in force"
+        )
 
 
 class Daemon:
@@ -62,7 +72,7 @@ class Daemon:
         self._wanted: Policy | None = None
         self._wanted_due = 0.0
         self._busy_since: float | None = None
-        self._ready = False
+        self._ready = self._told = False
         self._alive = time.monotonic()
         self._keeper = keeper(self._first())
 
@@ -94,10 +104,16 @@ class Daemon:
     # --- the policy --------------------------------------------------------------------------------------------------
 
     def _first(self) -> Policy:
-        """The file's policy; or the one that was in force last, if the file has faults or was changed before that."""
+        """The policy on trial, if there is one; the file's; or the one that was in force last, if the file has faults,
+        was changed before that, or holds what was taken back.
+        """
+        on_trial = trial.pending()
+        if on_trial:
+            self._log.info("policy %s waits for confirmation: it is kept meanwhile", on_trial.digest[:12])
+            return trial.policy_of(on_trial)
         try:
-            policy = self._source.read()
-        except PolicyError as error:
+            policy = self._unless_refused(self._source.read())
+        except (PolicyError, UnwantedError) as error:
             self._refused(error)
             kept = state.load()
             if kept is None:
@@ -126,22 +142,43 @@ class Daemon:
 
     def _see_to_policy(self, *, told_to: bool) -> None:
         now = time.monotonic()
+        self._told |= told_to
         if now >= self._files_due or told_to:
             self._files_due = now + FILES
-            if told_to or self._source.has_changed():
-                self._reload()
-            elif self._source.is_handed_over():
+            if self._source.is_handed_over() or self._waits(told_to=told_to):
                 self._due = now
-        if self._wanted and (self._moved or now >= self._wanted_due):
+            elif self._told or self._source.has_changed():
+                self._told = False
+                self._reload()
+        if self._wanted and not self._told and (self._moved or now >= self._wanted_due):
             self._change(self._wanted)
+
+    def _waits(self, *, told_to: bool) -> bool:
+        """Whether a policy is on trial: whoever confirms is to find that one; files are seen to when it has ended."""
+        try:
+            on_trial = trial.pending()
+        except KernelError:  # the next pass tells of it
+            return True
+        if on_trial and told_to:
+            self._log.warning("policy %s waits for confirmation: the reload comes after it", on_trial.digest[:12])
+        return on_trial is not None
 
     def _reload(self) -> None:
         self._notify.reloading()
         try:
-            self._change(self._source.read())
-        except PolicyError as error:
+            self._change(self._unless_refused(self._source.read()))
+        except IdmarkError as error:
             self._refused(error)
         self._notify.ready()
+
+    def _unless_refused(self, policy: Policy) -> Policy:
+        """The file's policy. Raises UnwantedError for the one that was taken back; another one ends the refusal."""
+        digest, why = state.refused()
+        if digest == policy.digest:
+            raise UnwantedError(policy, why)
+        if digest:
+            state.forgive()
+        return policy
 
     def _change(self, policy: Policy) -> None:
         """Put a policy in force. What refuses it may pass (another verb at work, a network that isn't there yet)."""
@@ -149,7 +186,7 @@ class Daemon:
         try:
             if policy.digest != self._keeper.policy.digest:
                 with runtime.lock("run", PATIENCE):
-                    self._keeper.change(policy)
+                    self._put_in_force(policy)
                     self._save()
                 self._due = 0.0  # to see that all is as it should be
         except IdmarkError as error:
@@ -160,6 +197,35 @@ class Daemon:
             self._wanted, self._wanted_due = policy, time.monotonic() + RESYNC
         else:
             self._accepted(policy)
+
+    def _put_in_force(self, policy: Policy) -> None:
+        """Raises HostError, ApplyError and KernelError, written into the history too."""
+        try:
+            look = self._keeper.change(policy)
+        except (HostError, ApplyError) as error:
+            outcome = history.REFUSED if isinstance(error, HostError) else history.FAILED
+            self._record("reload", policy, outcome=outcome, why=str(error))
+            raise
+        self._record("reload", policy, look, outcome=history.IN_FORCE)
+
+    def _record(self, verb: str, policy: Policy, look: Look | None = None, *, outcome: str, why: str = "") -> None:
+        try:
+            plan, desired = (look.plan, look.desired) if look else (None, None)
+            history.record(verb, policy, plan, desired, outcome=outcome, why=why)
+        except IdmarkError as error:
+            self._log.warning("%s", error)
+
+    def _remember(self) -> None:
+        """A policy that came into force by the daemon's start."""
+        policy = self._keeper.policy
+        try:
+            entries = history.entries()
+        except IdmarkError as error:
+            self._log.warning("%s", error)
+            return
+        known = [entry for entry in entries if entry.outcome in (history.IN_FORCE, history.WAITING)]
+        if not known or known[-1].policy != policy.digest:
+            self._record("start", policy, outcome=history.IN_FORCE)
 
     def _accepted(self, policy: Policy) -> None:
         self._refusal = ""
@@ -175,7 +241,8 @@ class Daemon:
     def _save(self) -> None:
         """What is in force, for the next boot. Where nothing can be written it is in force all the same."""
         try:
-            state.save(self._keeper.policy)
+            if not trial.pending():
+                state.save(self._keeper.policy)
         except IdmarkError as error:
             self._log.warning("%s", error)
 
@@ -186,10 +253,13 @@ class Daemon:
         self._deaf = 0.0
         try:
             with runtime.lock("run", 0.0):
+                self._keeper.take_back()
                 self._take_over()
+                self._let_be()
                 found = self._keeper.keep(moved=self._moved)
                 if not self._ready and found.usable:
                     self._save()
+                    self._remember()
         except runtime.BusyError as error:
             self._due = began + BUSY
             if self._busy_since is None:
@@ -229,6 +299,12 @@ class Daemon:
             self._keeper.take(policy)
             self._wanted = None
             self._log.info("policy %s was applied: it is what is kept now", policy.digest[:12])
+
+    def _let_be(self) -> None:
+        """Raises UnwantedError when what is kept was taken back, and there was nothing before it to be handed over."""
+        digest, why = state.refused()
+        if digest == self._keeper.policy.digest and not trial.pending():
+            raise UnwantedError(self._keeper.policy, why)
 
     def _in_trouble(self, words: str) -> None:
         """Said once, in the log; and for as long as it lasts to whoever asks."""

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 #: The largest file that is read, in bytes.
@@ -21,28 +21,31 @@ LIMIT = 64 << 20
 
 @contextmanager
 def made(base: Path, base_mode: int, name: str | None = None, mode: int = 0) -> Iterator[int]:
-    """The descriptor of a folder `base`, or of `name` in it; what is not there is made."""
+    """The descriptor of a folder `base`, or of `name` in it, "a/b" as well; what is not there is made."""
     base.mkdir(mode=base_mode, parents=True, exist_ok=True)
-    with opened(base) as above:
-        if name is None:
-            yield above
-            return
-        with suppress(FileExistsError):
-            os.mkdir(name, mode, dir_fd=above)
-        with _held(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above)) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(opened(base))
+        for part in _parts(name):
+            above = folder
+            with suppress(FileExistsError):
+                os.mkdir(part, mode, dir_fd=above)
+            folder = stack.enter_context(_held(os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=above)))
             _hand_over(folder, above)
-            yield folder
+        yield folder
 
 
 @contextmanager
 def opened(base: Path, name: str | None = None) -> Iterator[int]:
-    """The descriptor of a folder `base`, or of `name` in it, as it is."""
-    with _held(os.open(base, _FOLDER)) as above:
-        if name is None:
-            yield above
-        else:
-            with _held(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above)) as folder:
-                yield folder
+    """The descriptor of a folder `base`, or of `name` in it, "a/b" as well, as it is."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(_held(os.open(base, _FOLDER)))
+        for part in _parts(name):
+            folder = stack.enter_context(_held(os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)))
+        yield folder
+
+
+def _parts(name: str | None) -> list[str]:
+    return name.split("/") if name else []
 
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

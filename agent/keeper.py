@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agent import reconcile
+from agent import reconcile, trial
 from agent.chronicle import Chronicle, in_short
 from agent.desired import Desired, roads_changed
 from agent.flows import flows_of
@@ -67,8 +67,8 @@ class Keeper:
         self._settled = None
         self._chronicle.stands(policy.digest, in_sync=False, down=self._prober.down)
 
-    def change(self, policy: Policy) -> None:
-        """Put another policy in force and keep it; or the old one as it was, if that can't be.
+    def change(self, policy: Policy) -> Look:
+        """Put another policy in force and keep it; or the old one as it was, if that can't be. The look before.
 
         Raises HostError, ApplyError and KernelError.
         """
@@ -77,6 +77,15 @@ class Keeper:
         reconcile.apply(look.plan, self._kernel)
         self.take(policy)
         self._log.info("policy %s is in force: %s", policy.digest[:12], in_short(look.plan.steps) or "no change")
+        return look
+
+    def take_back(self) -> None:
+        """Go back to what was before a policy on trial, if its watchman has not done it in time. Raises KernelError."""
+        found = trial.pending()
+        if found and found.is_due(trial.clock() - trial.GRACE):
+            self._log.warning("policy %s is taken back: %s", found.digest[:12], found.reason)
+            for words in trial.take_back(found, self._kernel, found.reason):
+                self._log.error("could not be put back: %s", words)
 
     def keep(self, *, moved: bool) -> Pass:
         """One pass. `moved`: links or addresses did, which takes routes along, and that is nobody's fault.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,13 +16,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+from agent import lookups
 from agent.carry import Carry
-from agent.desired import Desired, Standing
+from agent.desired import Desired
 from agent.kernel import KernelError
 from agent.kernel.martians import martian_sources
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
-from agent.model import Address, Count, Family, Lookup, Route, parse_address
+from agent.model import Count, Family
 from agent.plan import KINDS
 from agent.ruleset import COUNTS, counter_name
 
@@ -30,8 +31,6 @@ _log = logging.getLogger(__name__)
 
 #: Seconds: a pass should take less than 0.1.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-#: Addresses that only a default leads to: nobody has them (RFC 7600, 6.1; RFC 6666).
-ANYWHERE: Mapping[Family, Address] = {Family.IPV4: parse_address("192.0.0.8"), Family.IPV6: parse_address("100::1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,19 +211,13 @@ class Metrics:
         counts = self._carry.totals({counter: found[counter] for counter in sorted(wanted)})
         if self._carry.changed:
             self._save()
-        wanted_roads = roads(kept.desired)
         with Rtnl() as rtnl:
             links = {standing.identity.link for standing in kept.desired.standings}
             return Reading(
                 counts=counts,
                 up={link: rtnl.is_up(link) for link in links},
                 route_ok={
-                    (standing.identity.name, family): all(
-                        agrees(wanted_roads[standing.identity.name, family], standing.identity.table, answer)
-                        for answer in _lookups(rtnl, standing, family)
-                    )
-                    for standing in kept.desired.standings
-                    for family in standing.families
+                    road: not disagreeing for road, disagreeing in lookups.disagreeing(kept.desired, rtnl).items()
                 },
             )
 
@@ -355,49 +348,3 @@ class Families:
         """How this scrape went."""
         self.scrape_success.add_metric([], success)
         self.scrape_duration.add_metric([], seconds)
-
-
-# --- does the kernel route as is wanted ------------------------------------------------------------------------------
-
-
-def roads(desired: Desired) -> dict[tuple[str, Family], Route | None]:
-    """The route that is wanted now to anywhere, by identity and family; None: the identity's table has none.
-
-    Of the routes that match the longest prefix wins, and then the smallest metric: so a detour's road counts while the
-    identity's own is closed, and the last route of the table when there is none left.
-    """
-    tables: dict[tuple[int, Family], list[Route]] = {}
-    for route in desired.routes:
-        if ANYWHERE[route.family] in route.destination:
-            tables.setdefault((route.table, route.family), []).append(route)
-    return {
-        (standing.identity.name, family): _best(tables.get((standing.identity.table, family), ()))
-        for standing in desired.standings
-        for family in standing.families
-    }
-
-
-def _best(routes: Iterable[Route]) -> Route | None:
-    return min(routes, key=lambda route: (-route.destination.length, route.metric), default=None)
-
-
-def agrees(wanted: Route | None, table: int, answer: Lookup) -> bool:
-    """Whether the kernel's answer is what is wanted of an identity's table."""
-    if wanted is None:  # when_down = "main": whatever the other tables say
-        return answer.table != table
-    if wanted.kind != "unicast":
-        return answer.link is None
-    return answer.table == table and answer.link in {hop.link for hop in wanted.hops}
-
-
-def _lookups(rtnl: Rtnl, standing: Standing, family: Family) -> Iterator[Lookup]:
-    """The kernel's answers to the mark alone, as for forwarded packets, and to an own address alone, as before it.
-
-    An address that this host doesn't have can't be asked for: IPv4 refuses it, whatever the routes (net/ipv4/route.c,
-    ip_route_output_key_hash_rcu). The way to one that it has is by lo.
-    """
-    yield rtnl.lookup(ANYWHERE[family], fwmark=standing.identity.fwmark.value)
-    for source in standing.own(family):
-        if rtnl.lookup(source).link == "lo":
-            yield rtnl.lookup(ANYWHERE[family], source=source)
-            return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -324,16 +324,52 @@ def _names(rule: Rule, mark: int) -> bool:
 def removal(observed: Observed) -> Plan:
     """How to take away all that is ours: it needs no policy."""
     rules, guards = _apart(_rule_steps(frozenset(), observed.rules)[1])
-    tables = (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
     return Plan(
         (
             *guards,
-            *map(_delete_table, tables),
+            *map(_delete_table, _tables(observed)),
             *rules,
             *map(DeleteRoute, sorted(observed.routes, key=_deletion_order)),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours)),
         )
     )
+
+
+def restoration(before: Observed, listings: Mapping[str, str], now: Observed) -> Plan:
+    """How to get back to what was there, policy or not. `listings` are the nft tables of then that are others now.
+
+    A table is replaced as a whole here, and for that moment nobody marks: so whoever has a mark is closed first, and
+    rules come before the tables and go after them.
+    """
+    add_routes, delete_routes = _route_steps(before.routes, now.routes)
+    adding, deleting = _rule_steps(frozenset(before.rules), now.rules)
+    names = {table.name for table in (before.table, now.table) if table}
+    gone = [name for name in (*names, *now.other_tables) if name not in listings and name not in _tables(before)]
+    closing: list[Step] = []
+    if now.table and now.table.name in (*listings, *gone):
+        masks = {rule.fwmark.mask for rule in now.rules if rule.fwmark}
+        marks = [Fwmark(mark, mask) for mark in ruleset.roads(now.table) for mask in masks if not mark & ~mask]
+        closing += [Load(now.table.name, ruleset.closing(now.table.name, sorted(marks)))] * bool(marks)
+    return Plan(
+        (
+            *(SetSrcValidMark(link, True) for link in sorted(before.src_valid_mark_ours - now.src_valid_mark_ours)),
+            *closing,
+            *add_routes,
+            *adding,
+            *(
+                Load(name, (f"add table inet {name}", f"delete table inet {name}", text))
+                for name, text in sorted(listings.items())
+            ),
+            *map(_delete_table, sorted(gone)),
+            *deleting,
+            *delete_routes,
+            *(SetSrcValidMark(link, False) for link in sorted(now.src_valid_mark_ours - before.src_valid_mark_ours)),
+        )
+    )
+
+
+def _tables(observed: Observed) -> tuple[str, ...]:
+    return (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
 
 
 def _delete_table(name: str) -> Load:

@@ -44,9 +44,16 @@ def load(path: Path) -> Policy:
     file = str(path)
     try:
         text = read_text(path)
-        tables = tomllib.loads(text)
     except UnreadableError as error:
         raise PolicyError([Fault(file, error.line, "", str(error))], (file,)) from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> Policy:
+    """Check a policy's text, which stands, or stood, in a file, and its lists. Raises PolicyError."""
+    file = str(path)
+    try:
+        tables = tomllib.loads(text)
     except RecursionError as error:
         raise PolicyError([Fault(file, None, "", "is not TOML: nested too deeply")], (file,)) from error
     except ValueError as error:  # TOMLDecodeError, and int()'s own for a number of thousands of digits

@@ -133,12 +133,12 @@ def apply(chosen: Plan, kernel: Seams) -> None:
             if isinstance(step, Load):
                 kernel.nft.check(step.text)
         for step in chosen.steps:
-            with _signals_held():
+            with signals_held():
                 back = _before(step, kernel)
                 _take(step, kernel)
                 undo.append(back)
     except BaseException as error:  # also Ctrl-C and the like: never a mixture
-        with _signals_held():
+        with signals_held():
             left = _take_back(undo, kernel)
         if left:
             raise ApplyError(f"{error}; and what was done could not all be taken back: {'; '.join(left)}") from error
@@ -176,7 +176,7 @@ def mend(chosen: Plan, kernel: Seams) -> Mended:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a hang-up wait for the end: a step that was taken is on record to be taken back."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:

@@ -20,6 +20,8 @@ from agent.policy import load as load_policy
 #: systemd's StateDirectory= sets $STATE_DIRECTORY.
 DEFAULT = Path("/var/lib/idmark")
 NAME = "applied.toml"
+#: The policy that was taken back, or that nobody has confirmed.
+REFUSED = "refused.json"
 HEAD = """\
 # The policy that was in force last, as idmark keeps it for the next boot. Not the file to edit: the next apply, and the
 # next reload of a changed policy, write it anew.
@@ -32,18 +34,18 @@ class StateError(IdmarkError):
 
 def save(policy: Policy) -> None:
     """Keep a policy as the one in force; it is on disk when this returns. Raises StateError."""
-    base, name = _place()
+    base, name = place()
     path = base / (name or "") / NAME
     try:
-        with folder.made(base, 0o750, name, 0o750) as place:
-            folder.put(place, NAME, text(policy).encode(), 0o640, durable=True)
+        with folder.made(base, 0o750, name, 0o750) as where:
+            folder.put(where, NAME, text(policy).encode(), 0o640, durable=True)
     except OSError as error:
         raise StateError(f"keep the policy for the next boot in {path}: {error.strerror or error}") from error
 
 
 def load() -> Policy | None:
     """The policy that was kept last; None: none was yet. Raises PolicyError for one that the door no longer lets in."""
-    base, name = _place()
+    base, name = place()
     path = base / (name or "") / NAME
     try:
         found = path.exists()
@@ -54,7 +56,7 @@ def load() -> Policy | None:
 
 def saved_at() -> float | None:
     """When a policy was kept last, in seconds since 1970; None: none is. Raises StateError."""
-    base, name = _place()
+    base, name = place()
     path = base / (name or "") / NAME
     try:
         return path.stat().st_mtime
@@ -66,15 +68,59 @@ def saved_at() -> float | None:
 
 def forget() -> None:
     """Nothing is in force any more, and nothing shall be at the next boot. Raises StateError."""
-    base, name = _place()
+    base, name = place()
     path = base / (name or "") / NAME
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StateError(f"forget the policy of last time in {path}: {error.strerror}") from error
+    forgive()
 
 
-def _place() -> tuple[Path, str | None]:
+# --- the policy that is not wanted ------------------------------------------------------------------------------------
+
+
+def refuse(digest: str, why: str) -> None:
+    """No daemon takes this policy from its file until the file changes, or somebody applies it. Raises StateError.
+
+    It is on disk when this returns: a policy that nobody has confirmed must not come up at the next boot.
+    """
+    base, name = place()
+    path = base / (name or "") / REFUSED
+    record = json.dumps({"policy": digest, "why": why}, indent=1) + "\n"
+    try:
+        with folder.made(base, 0o750, name, 0o750) as where:
+            folder.put(where, REFUSED, record.encode(), 0o640, durable=True)
+    except OSError as error:
+        raise StateError(f"write down in {path} which policy is not wanted: {error.strerror or error}") from error
+
+
+def refused() -> tuple[str, str]:
+    """The digest of the policy that is not wanted, and why; both empty if there is none. Raises StateError."""
+    base, name = place()
+    path = base / (name or "") / REFUSED
+    try:
+        with folder.opened(base, name) as where:
+            data = folder.got(where, REFUSED)
+        record = json.loads(data or b"{}")
+        return str(record.get("policy", "")), str(record.get("why", ""))
+    except FileNotFoundError:
+        return "", ""
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise StateError(f"read {path}: {error}; delete it if every policy is wanted") from error
+
+
+def forgive() -> None:
+    """Every policy is wanted again. Raises StateError."""
+    base, name = place()
+    path = base / (name or "") / REFUSED
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(f"forget in {path} which policy is not wanted: {error.strerror}") from error
+
+
+def place() -> tuple[Path, str | None]:
     """The folder, and which one in it, that belong to the network namespace of this thread.
 
     The machine's own namespace has the folder itself, one with a name of ip-netns(8) a folder in it. One that has no
@@ -90,8 +136,8 @@ def _place() -> tuple[Path, str | None]:
         return base, f"netns-{name}"
     if first is None:
         return base, None
-    place = runtime.directory()
-    return place.parent, place.name
+    own_directory = runtime.directory()
+    return own_directory.parent, own_directory.name
 
 
 def _number(namespace: Path) -> tuple[int, int] | None:

@@ -145,6 +145,18 @@ def publish(name: str, value: Mapping[str, Any]) -> None:
     leave(directory() / name, json.dumps(value, sort_keys=True))
 
 
+def withdraw(name: str) -> None:
+    """Nothing is published under that name any more. Raises KernelError."""
+    path = directory() / name
+    try:
+        with folder.opened(path.parent.parent, path.parent.name) as place, suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=place)
+    except FileNotFoundError:  # not even the directory
+        return
+    except OSError as error:
+        raise KernelError(f"delete {path}", error.strerror or str(error)) from error
+
+
 def published(name: str) -> dict[str, Any]:
     """What was published under that name; empty if nothing was since boot. Raises KernelError."""
     path = directory() / name

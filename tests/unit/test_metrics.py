@@ -9,7 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from agent.desired import desire
-from agent.metrics import Metrics, agrees, roads
+from agent.lookups import agrees, roads
+from agent.metrics import Metrics
 from agent.model import MAIN, Family, Identity, Lookup, Route
 from agent.plan import KINDS
 from tests.unit import values

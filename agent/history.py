@@ -1,0 +1,196 @@
+"""What was applied here: when, by whom, what it was and what became of it. Readable files, a bounded number.
+
+In the state directory, `history/`: for the apply with number 12 `0012.policy.toml`, `0012.plan.txt`,
+`0012.ruleset.nft`, `0012.routing.txt`, and `0012.json` about it, which is written last and deleted first: without it
+the others are nothing. Whoever writes holds the namespace's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agent import folder, render, session, state
+from agent.desired import Desired
+from agent.model import Policy
+from agent.plan import Plan
+from agent.policy import load
+from agent.state import StateError
+
+#: How many applies are kept, and how many bytes of them at most; the last two are kept whatever their size.
+NUMBER, BYTES = 50, 256 << 20
+FOLDER = "history"
+POLICY, ABOUT = "policy.toml", "json"
+
+#: What became of an apply. What has not come to its end yet was cut short, until it says otherwise.
+IN_FORCE, WAITING, REFUSED, FAILED, ROLLED_BACK, CUT_SHORT = (
+    "in force",
+    "waiting for confirmation",
+    "refused",
+    "failed",
+    "rolled back",
+    "cut short",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An apply. `at` is in seconds since 1970, `verb` what was asked for, `policy` and `plan` are digests.
+
+    `changes` is the number of steps of the plan, `outcome` a word of the above, `why` what there is to say of it.
+    """
+
+    number: int
+    at: float
+    user: str
+    verb: str
+    gateway: str
+    policy: str
+    plan: str
+    changes: int
+    outcome: str
+    why: str = ""
+
+    @property
+    def when(self) -> str:
+        """The time as people here have it, with the zone (ISO 8601)."""
+        return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.at))
+
+
+def record(
+    verb: str,
+    policy: Policy,
+    plan: Plan | None,
+    desired: Desired | None,
+    *,
+    outcome: str = CUT_SHORT,
+    why: str = "",
+) -> Entry:
+    """Write down an apply; it is on disk when this returns. Raises StateError.
+
+    The same refusal twice is written down once.
+    """
+    known = entries()
+    entry = Entry(
+        number=known[-1].number + 1 if known else 1,
+        at=time.time(),
+        user=session.user(),
+        verb=verb,
+        gateway=policy.gateway,
+        policy=policy.digest,
+        plan=plan.digest if plan else "",
+        changes=len(plan.steps) if plan else 0,
+        outcome=outcome,
+        why=why,
+    )
+    if known and outcome in (REFUSED, FAILED) and replace(entry, number=known[-1].number, at=known[-1].at) == known[-1]:
+        return known[-1]
+    texts = {POLICY: state.text(policy)}
+    if plan:
+        texts["plan.txt"] = plan.text
+    if desired:
+        texts |= render.files(desired)
+    _write(entry, texts)
+    _prune([*known, entry])
+    return entry
+
+
+def ended(entry: Entry, outcome: str, why: str = "") -> Entry:
+    """Write down what became of an apply. Raises StateError."""
+    entry = replace(entry, outcome=outcome, why=why)
+    _write(entry, {})
+    return entry
+
+
+def entries() -> list[Entry]:
+    """The applies that are kept, the oldest first. Raises StateError."""
+    path = _path()
+    found = []
+    try:
+        with folder.opened(*_place()) as place:
+            for name in sorted(os.listdir(place), key=_number):
+                if name.endswith(f".{ABOUT}") and _number(name):
+                    with suppress(ValueError, TypeError, RecursionError):  # of another version of the agent
+                        found.append(Entry(**json.loads(folder.got(place, name) or b"{}")))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StateError(f"read {path}: {error.strerror or error}") from error
+    return found
+
+
+def find(number: int) -> Entry | None:
+    """The apply with this number. Raises StateError."""
+    return next((entry for entry in entries() if entry.number == number), None)
+
+
+def before(digest: str) -> Entry | None:
+    """The last apply that came into force of another policy than this one. Raises StateError."""
+    return next((entry for entry in reversed(entries()) if entry.outcome == IN_FORCE and entry.policy != digest), None)
+
+
+def policy_of(entry: Entry) -> Policy:
+    """The policy of an apply. Raises PolicyError."""
+    return load(_path() / f"{entry.number:04}.{POLICY}")
+
+
+def plain(entry: Entry) -> Mapping[str, Any]:
+    """As JSON has it."""
+    return {**asdict(entry), "when": entry.when, "files": f"{_path()}/{entry.number:04}.*"}
+
+
+def _write(entry: Entry, texts: Mapping[str, str]) -> None:
+    about = json.dumps(asdict(entry), indent=1) + "\n"
+    try:
+        with folder.made(_place()[0], 0o750, _place()[1], 0o700) as place:
+            for name, text in {**texts, ABOUT: about}.items():
+                folder.put(place, f"{entry.number:04}.{name}", text.encode(), 0o600, durable=True)
+    except OSError as error:
+        raise StateError(f"write down the apply in {_path()}: {error.strerror or error}") from error
+
+
+def _prune(known: list[Entry]) -> None:
+    """Forget the oldest, so that it does not grow for ever; and what a crash left without its head."""
+    try:
+        with folder.opened(*_place()) as place:
+            names: dict[int, list[str]] = {}
+            for name in os.listdir(place):
+                names.setdefault(_number(name), []).append(name)
+            names.pop(0, None)  # not ours
+            sizes = {
+                number: sum(os.stat(name, dir_fd=place).st_size for name in files) for number, files in names.items()
+            }
+            kept: list[int] = []
+            for entry in reversed(known):
+                total = sum(sizes.get(number, 0) for number in (*kept, entry.number))
+                if len(kept) >= 2 and (len(kept) >= NUMBER or total > BYTES):
+                    break
+                kept.append(entry.number)
+            for number in names.keys() - set(kept):
+                for name in sorted(names[number], key=lambda name: not name.endswith(f".{ABOUT}")):
+                    os.unlink(name, dir_fd=place)
+    except OSError as error:
+        raise StateError(f"forget old applies in {_path()}: {error.strerror or error}") from error
+
+
+def _number(name: str) -> int:
+    """The number of the apply that a file belongs to; 0: none."""
+    match = re.match(r"(\d{4,})\.", name)
+    return int(match[1]) if match else 0
+
+
+def _place() -> tuple[Path, str]:
+    base, name = state.place()
+    return base, f"{name}/{FOLDER}" if name else FOLDER
+
+
+def _path() -> Path:
+    base, name = _place()
+    return base / name
