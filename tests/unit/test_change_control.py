@@ -26,12 +26,12 @@ CONTROL = Path(__file__).parents[2] / "deploy/change-control"
 GITHUB, GITLAB = CONTROL / ".github/workflows/idmark.yml", CONTROL / ".gitlab-ci.yml"
 HOOKS = CONTROL / ".pre-commit-config.yaml"
 
-#: idmark as the script calls it. The proof has tests of its own: here it finds what stands in the file "verify".
+#: idmark as the script calls it. No policy renders to what the proof refuses: where there is a file "verify" it is told.
 IDMARK = f"""\
 #!/bin/sh
-if [ "$3" = verify ]; then
-    [ ! -f verify ] || {{ cat verify; exit 1; }}
-    exit 0
+if [ "$3" = verify ] && [ -f verify ]; then
+    cat verify
+    exit 1
 fi
 exec {sys.executable} -m agent "$@"
 """
