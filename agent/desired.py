@@ -457,7 +457,7 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
     prefixes, which is looked up before the output hook and goes around. One rule a prefix, behind all the others: what
     is marked never comes here, but whatever is nobody's does, and the kernel tries them one by one (23 ns each).
     """
-    if not kernel.enforce:  # then nothing is to be stopped
+    if not (kernel.enforce and speakers.standings):  # then nothing is to be stopped, or nobody
         return ()
     guards = []
     identities = [standing.identity for standing in speakers.standings]

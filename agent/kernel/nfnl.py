@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from agent.kernel import KernelError
-from agent.kernel.netlink import ATTEMPTS, ATTRIBUTE, HEADER, NETLINK_NETFILTER, NLA_TYPE_MASK, Netlink
+from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
+from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, Netlink
 from agent.model import Chain, Count, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
 
@@ -54,8 +55,6 @@ KEY_BYTES = {"ipv4_addr": 4, "ipv6_addr": 16, "mark": 4, "ifname": 16}
 #: libnftnl's userdata of a rule: type, length, value; type 0 is the comment (libnftnl/udata.h).
 UDATA_COMMENT = 0
 
-Attributes = dict[int, bytes]
-
 
 class Nfnl:
     """A conversation with nf_tables in the namespace of the thread that opened it. Every method raises KernelError."""
@@ -75,11 +74,11 @@ class Nfnl:
     def generation(self) -> int:
         """The number of the last commit to any table of the namespace (NFT_MSG_GETGEN)."""
         answer = self._netlink.ask("ask for the ruleset's generation", NFNL_SUBSYS_NFTABLES << 8 | GETGEN, NFGENMSG)
-        return _number(_attributes(answer[len(NFGENMSG) :])[GEN_ID])
+        return number(attributes(answer[len(NFGENMSG) :])[GEN_ID])
 
     def tables(self) -> tuple[str, ...]:
         """The names of the tables of family inet."""
-        return tuple(_text(item[OF_TABLE]) for item in self._items("list the nft tables", GETTABLE))
+        return tuple(text(item[OF_TABLE]) for item in self._items("list the nft tables", GETTABLE))
 
     def table(self, name: str) -> Table | None:
         """A table as it is between two commits; rules come with their comments only. None: there is no such table.
@@ -110,12 +109,12 @@ class Nfnl:
             before = self._table_handle(name)
             found = {}
             for item in self._dump(doing, GETOBJ, name):
-                if _number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
-                    values = _attributes(item[OBJECT_DATA])
-                    found[_text(item[OBJECT_NAME])] = Count(
-                        packets=_number(values[COUNTER_PACKETS]),
-                        bytes=_number(values[COUNTER_BYTES]),
-                        handle=before << 64 | _number(item[OBJECT_HANDLE]),
+                if number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
+                    values = attributes(item[OBJECT_DATA])
+                    found[text(item[OBJECT_NAME])] = Count(
+                        packets=number(values[COUNTER_PACKETS]),
+                        bytes=number(values[COUNTER_BYTES]),
+                        handle=before << 64 | number(item[OBJECT_HANDLE]),
                     )
             if self._table_handle(name) == before:
                 return found
@@ -124,17 +123,17 @@ class Nfnl:
     def _table_handle(self, name: str) -> int:
         """The kernel's number of a table, which no other one of this namespace gets; 0: there is no such table."""
         doing = f"read the handle of nft table inet {name}"
-        return next((_number(item[TABLE_HANDLE]) for item in self._dump(doing, GETTABLE, name)), 0)
+        return next((number(item[TABLE_HANDLE]) for item in self._dump(doing, GETTABLE, name)), 0)
 
     def _table(self, name: str) -> Table | None:
         doing = f"read nft table inet {name}"
-        flags = next((_number(item[TABLE_FLAGS]) for item in self._dump(doing, GETTABLE, name)), None)
+        flags = next((number(item[TABLE_FLAGS]) for item in self._dump(doing, GETTABLE, name)), None)
         if flags is None:
             return None
         rules: dict[str, list[Statement]] = {}
         for item in self._dump(doing, GETRULE, name):
             statement = Statement("", _comment(item.get(RULE_USERDATA, b"")))
-            rules.setdefault(_text(item[RULE_CHAIN]), []).append(statement)
+            rules.setdefault(text(item[RULE_CHAIN]), []).append(statement)
         chains = (item for item in self._dump(doing, GETCHAIN, name))
         sets = (item for item in self._dump(doing, GETSET, name))
         return Table(
@@ -143,19 +142,19 @@ class Nfnl:
             counters=tuple(self.counts(name)),
             sets=tuple(self._set(name, item) for item in sets if not _flags(item) & NFT_SET_ANONYMOUS),
             chains=tuple(
-                Chain(_text(item[CHAIN_NAME]), tuple(rules.get(_text(item[CHAIN_NAME]), ())), _hook(item))
+                Chain(text(item[CHAIN_NAME]), tuple(rules.get(text(item[CHAIN_NAME]), ())), _hook(item))
                 for item in chains
             ),
         )
 
     def _set(self, table: str, item: Attributes) -> NftSet:
-        name, flags = _text(item[SET_NAME]), _flags(item)
-        types = _key_types(_number(item[SET_KEY_TYPE]))
+        name, flags = text(item[SET_NAME]), _flags(item)
+        types = _key_types(number(item[SET_KEY_TYPE]))
         value = ""
         if flags & NFT_SET_OBJECT:
-            value = "counter" if _number(item[SET_OBJECT_TYPE]) == NFT_OBJECT_COUNTER else "object"
+            value = "counter" if number(item[SET_OBJECT_TYPE]) == NFT_OBJECT_COUNTER else "object"
         elif flags & NFT_SET_MAP:
-            value = "verdict" if _number(item[SET_DATA_TYPE]) == NFT_DATA_VERDICT else "data"
+            value = "verdict" if number(item[SET_DATA_TYPE]) == NFT_DATA_VERDICT else "data"
         elements = self._elements(table, name)
         interval = bool(flags & NFT_SET_INTERVAL)
         if interval and types in (["ipv4_addr"], ["ipv6_addr"]):
@@ -167,55 +166,31 @@ class Nfnl:
     def _elements(self, table: str, name: str) -> Iterator[tuple[bytes, bool, str]]:
         """Key, whether it ends an interval, and value as nft writes it."""
         doing = f"read the elements of {name} in nft table inet {table}"
-        for answer in self._dump(doing, GETSETELEM, table, _attribute(ELEMENT_SET, f"{name}\0".encode())):
-            for _, data in _each(answer.get(ELEMENTS, b"")):
-                element = _attributes(data)
+        for answer in self._dump(doing, GETSETELEM, table, attribute(ELEMENT_SET, f"{name}\0".encode())):
+            for _, data in each(answer.get(ELEMENTS, b"")):
+                element = attributes(data)
                 # No key: the element for all that no other one matches, which nft writes *.
-                key = _attributes(element[ELEMENT_KEY])[DATA_VALUE] if ELEMENT_KEY in element else b""
-                ends = bool(_number(element.get(ELEMENT_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END)
+                key = attributes(element[ELEMENT_KEY])[DATA_VALUE] if ELEMENT_KEY in element else b""
+                ends = bool(number(element.get(ELEMENT_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END)
                 yield key, ends, _value(element)
 
     def _dump(self, doing: str, kind: int, table: str, more: bytes = b"") -> Iterator[Attributes]:
         """What belongs to a table; of tables and chains the kernel gives everybody's."""
-        attributes = _attribute(OF_TABLE, f"{table}\0".encode()) + more
-        return (item for item in self._items(doing, kind, attributes) if _text(item[OF_TABLE]) == table)
+        body = attribute(OF_TABLE, f"{table}\0".encode()) + more
+        return (item for item in self._items(doing, kind, body) if text(item[OF_TABLE]) == table)
 
-    def _items(self, doing: str, kind: int, attributes: bytes = b"") -> Iterator[Attributes]:
+    def _items(self, doing: str, kind: int, body: bytes = b"") -> Iterator[Attributes]:
         """The attributes of each message of a dump."""
-        answers = self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | kind, NFGENMSG + attributes)
-        return (_attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers)
+        answers = self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | kind, NFGENMSG + body)
+        return (attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers)
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
 
 
-def _each(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset, end = 0, len(data)
-    while offset < end:
-        size, number = ATTRIBUTE.unpack_from(data, offset)
-        yield number & NLA_TYPE_MASK, data[offset + 4 : offset + size]
-        offset += (size + 3) & ~3
-
-
-def _attributes(data: bytes) -> Attributes:
-    return dict(_each(data))
-
-
-def _attribute(number: int, value: bytes) -> bytes:
-    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), number) + value + bytes(-len(value) % 4)
-
-
-def _text(data: bytes) -> str:
-    return data.rstrip(b"\0").decode(errors="replace")
-
-
-def _number(data: bytes) -> int:
-    return int.from_bytes(data, "big")
-
-
 def _flags(item: Attributes) -> int:
     """A set's flags; a set without any has no such attribute."""
-    return _number(item.get(SET_FLAGS, b""))
+    return number(item.get(SET_FLAGS, b""))
 
 
 def _comment(userdata: bytes) -> str:
@@ -223,7 +198,7 @@ def _comment(userdata: bytes) -> str:
     while offset + 2 <= len(userdata):
         kind, size = userdata[offset], userdata[offset + 1]
         if kind == UDATA_COMMENT:
-            return _text(userdata[offset + 2 : offset + 2 + size])
+            return text(userdata[offset + 2 : offset + 2 + size])
         offset += 2 + size
     return ""
 
@@ -231,18 +206,18 @@ def _comment(userdata: bytes) -> str:
 def _hook(item: Attributes) -> Hook | None:
     if CHAIN_HOOK not in item:
         return None
-    hook = _attributes(item[CHAIN_HOOK])
+    hook = attributes(item[CHAIN_HOOK])
     priority = int.from_bytes(hook[HOOK_PRIORITY], "big", signed=True)
-    policy = VERDICTS[_number(item[CHAIN_POLICY])]
-    return Hook(_text(item[CHAIN_TYPE]), HOOKS[_number(hook[HOOK_NUMBER])], priority, policy)
+    policy = VERDICTS[number(item[CHAIN_POLICY])]
+    return Hook(text(item[CHAIN_TYPE]), HOOKS[number(hook[HOOK_NUMBER])], priority, policy)
 
 
-def _key_types(number: int) -> list[str]:
+def _key_types(packed: int) -> list[str]:
     """The types of a key, the first in the highest bits; one that no set of ours has goes by its number."""
     types = []
-    while number:
-        types.append(KEY_TYPES.get(number & 0x3F, f"type-{number & 0x3F}"))
-        number >>= 6
+    while packed:
+        types.append(KEY_TYPES.get(packed & 0x3F, f"type-{packed & 0x3F}"))
+        packed >>= 6
     return types[::-1]
 
 
@@ -254,13 +229,13 @@ def _key(key: bytes, types: list[str]) -> str:
         part, key = key[:size], key[size:]
         match kind:
             case "ipv4_addr":
-                words.append(address_text(Family.IPV4, _number(part)))
+                words.append(address_text(Family.IPV4, number(part)))
             case "ipv6_addr":
-                words.append(address_text(Family.IPV6, _number(part)))
+                words.append(address_text(Family.IPV6, number(part)))
             case "mark":  # a register's own byte order
                 words.append(f"0x{int.from_bytes(part, sys.byteorder):08x}")
             case "ifname":
-                words.append(f'"{_text(part)}"')
+                words.append(f'"{text(part)}"')
             case _:
                 words.append(part.hex())
     return " . ".join(words)
@@ -268,15 +243,15 @@ def _key(key: bytes, types: list[str]) -> str:
 
 def _value(element: Attributes) -> str:
     if ELEMENT_OBJECT in element:
-        return f'"{_text(element[ELEMENT_OBJECT])}"'
+        return f'"{text(element[ELEMENT_OBJECT])}"'
     if ELEMENT_DATA not in element:
         return ""
-    data = _attributes(element[ELEMENT_DATA])
+    data = attributes(element[ELEMENT_DATA])
     if DATA_VERDICT not in data:
         return data.get(DATA_VALUE, b"").hex()
-    verdict = _attributes(data[DATA_VERDICT])
+    verdict = attributes(data[DATA_VERDICT])
     code = int.from_bytes(verdict[VERDICT_CODE], "big", signed=True)
-    chain = f" {_text(verdict[VERDICT_CHAIN])}" if VERDICT_CHAIN in verdict else ""
+    chain = f" {text(verdict[VERDICT_CHAIN])}" if VERDICT_CHAIN in verdict else ""
     return f"{VERDICTS.get(code, str(code))}{chain}"
 
 
@@ -289,7 +264,7 @@ def _intervals(elements: Iterator[tuple[bytes, bool, str]], types: list[str]) ->
     edges = []
     for key, ends, value in elements:
         if key:
-            edges.append((_number(key), not ends, value))
+            edges.append((number(key), not ends, value))
         else:
             yield "*", value
     beginning: tuple[int, str] | None = None

@@ -203,6 +203,10 @@ class Rtnl:
             for message in self._dump_routes(family, table=table, wanted=_is_foreign)
         )
 
+    def is_empty(self, table: int) -> bool:
+        """Whether a table has no route at all, in no family; those that are there are not decoded."""
+        return not any(True for family in Family for _ in self._dump_routes(family, table=table))
+
     def rules(self) -> tuple[tuple[Rule, bool], ...]:
         """All rules in the kernel's order, each with whether it is ours by its protocol number."""
         return tuple(

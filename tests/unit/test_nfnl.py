@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel import nfnl
+from agent.kernel.attributes import Attributes, each
 from agent.model import Family, Hook, Prefix
 from agent.prefixes import Span, classes
 
@@ -50,7 +51,7 @@ def test_key(number: int, types: list[str], key: bytes, text: str) -> None:
     assert nfnl._key(key, types) == text
 
 
-def verdict(code: int, chain: bytes = b"") -> nfnl.Attributes:
+def verdict(code: int, chain: bytes = b"") -> Attributes:
     words = attribute(1, code.to_bytes(4, "big", signed=True)) + (attribute(2, chain + b"\0") if chain else b"")
     return {2: attribute(2, words)}
 
@@ -67,7 +68,7 @@ def verdict(code: int, chain: bytes = b"") -> nfnl.Attributes:
         pytest.param({2: attribute(1, b"\x01\x02")}, "0102", id="data"),
     ],
 )
-def test_value(element: nfnl.Attributes, text: str) -> None:
+def test_value(element: Attributes, text: str) -> None:
     """An element's value is a verdict or an object's name, as nft writes them."""
     assert nfnl._value(element) == text
 
@@ -109,7 +110,7 @@ def test_hook(number: int, priority: int, policy: int, kind: bytes, hook: Hook) 
 def test_attributes(pairs: list[tuple[int, bytes]]) -> None:
     """Attributes are read one after the other, whatever their length; two flags beside the type are no part of it."""
     data = b"".join(attribute(number | 0x8000, value) for number, value in pairs)
-    assert list(nfnl._each(data)) == pairs
+    assert list(each(data)) == pairs
 
 
 @st.composite
