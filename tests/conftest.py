@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from agent.lab import LabError, sandbox
 
 #: These need no kernel of their own, and so no sandbox.
 PURE = Path(__file__).with_name("unit")
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs begin with Ctrl-C ignored, and so would all that the tests start (POSIX, 2.11)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_cmdline_main(config: pytest.Config) -> None:
