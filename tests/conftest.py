@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ PURE = Path(__file__).with_name("unit")
 
 
 def pytest_configure() -> None:
-    """A shell's background jobs begin with Ctrl-C ignored, and so would all that the tests start (POSIX, 2.11)."""
+    """What a test finds in a terminal it finds in a sandbox and in the background, too.
+
+    A new network namespace has its loopback down; a background job begins with Ctrl-C ignored (POSIX, sh, 2.11), and
+    so would all that the tests start.
+    """
+    if sandbox.inside():
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
