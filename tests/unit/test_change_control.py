@@ -26,7 +26,7 @@ CONTROL = Path(__file__).parents[2] / "deploy/change-control"
 GITHUB, GITLAB = CONTROL / ".github/workflows/idmark.yml", CONTROL / ".gitlab-ci.yml"
 HOOKS = CONTROL / ".pre-commit-config.yaml"
 
-#: idmark as the script calls it. No policy renders to what the proof refuses: where there is a file "verify" it is told.
+#: idmark as the script calls it. No policy renders to what the proof refuses: a file "verify" is told in its place.
 IDMARK = f"""\
 #!/bin/sh
 if [ "$3" = verify ] && [ -f verify ]; then
