@@ -185,7 +185,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
 
     Order: routes, rules, marks; and backwards when taking away. A mark without its rule follows main, a rule without
     its table's last route falls through to main: both would be leaks. The rules that close whoever has no mark come
-    when all have theirs, and go before: nothing is lost on the way.
+    when all have theirs, and go before: nothing is lost on the way. But where there is no table nobody marks anything:
+    then they come first, and what is there stays until the end.
 
     When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
     which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
@@ -196,6 +197,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     adding, deleting = _rule_steps(desired.rules | _former(desired, observed), observed.rules)
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
+    marked = observed.table is not None
     handover = _handover(desired, observed, wanted)
     changes = commands.transaction(wanted, observed.table, rules_anew=handover)
     closing = ruleset.closing(wanted.name, _closed_meanwhile(desired, observed)) if handover else ()
@@ -209,11 +211,11 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
             *_wake(observed.table),
             *([Load(wanted.name, closing)] if closing else []),
-            *delete_guards,
+            *(delete_guards if marked else add_guards),
             *add_routes,
             *add_rules,
             *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
-            *add_guards,
+            *(add_guards if marked else delete_guards),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
