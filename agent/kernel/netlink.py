@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from agent.kernel import KernelError
 
 SOL_NETLINK = 270
-NETLINK_GET_STRICT_CHK = 12
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
+NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 10, 12
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
+NLM_F_EXCL, NLM_F_CREATE = 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NETLINK_NETFILTER = 12
 #: nlattr: length, type; the type's upper two bits say "nested" and "big endian" (linux/netlink.h).
@@ -23,11 +26,21 @@ NLA_TYPE_MASK = 0x3FFF
 HEADER = struct.Struct("=IHHII")
 #: Bytes that one receive has room for: a dump comes in pieces of 32 KiB at most (net/netlink/af_netlink.c).
 DUMP_ROOM, ANSWER_ROOM = 1 << 17, 1 << 13
+#: asm-generic/socket.h; what netlink_sendmsg() keeps of a socket's buffer for itself (net/netlink/af_netlink.c).
+SO_SNDBUFFORCE, SEND_OVERHEAD = 32, 32
 #: How often a dump is asked for again that a change interrupted, and after how many seconds.
 ATTEMPTS, PAUSE = 40, 0.005
 
 #: Whether a message is wanted, by the buffer it lies in and its offset there.
 Wanted = Callable[[bytes, int], bool]
+
+
+class Message(NamedTuple):
+    """A request, without what its header says besides; `body` is padded to four bytes."""
+
+    kind: int
+    flags: int
+    body: bytes
 
 
 class Netlink:
@@ -38,6 +51,8 @@ class Netlink:
         if strict:
             # The kernel filters dumps by what the request says, and refuses what it doesn't know (Linux 4.20).
             self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+        # An error comes without the request that it is about, which may be long (Linux 4.3).
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
         self._socket.bind((0, 0))
         self._sequence = 0
 
@@ -63,6 +78,46 @@ class Netlink:
             if answers is not None:
                 return answers
         raise KernelError(doing, f"somebody changed it while it was read, {ATTEMPTS} times")
+
+    def widen(self, size: int) -> int:
+        """Ask for room to send `size` bytes at once; the bytes that there is room for, which may be fewer or more."""
+        for option in (SO_SNDBUFFORCE, socket.SO_SNDBUF):
+            # In a user namespace the first is refused, and the second gives twice net.core.wmem_max.
+            with contextlib.suppress(PermissionError):
+                self._socket.setsockopt(socket.SOL_SOCKET, option, size)
+                break
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - SEND_OVERHEAD
+
+    def post(self, doing: str, messages: Sequence[Message]) -> dict[int, int]:
+        """Send messages all at once to nfnetlink, which has answered when the send returns.
+
+        The answers by the places of the messages they are to: error numbers, and 0 where NLM_F_ACK asked for one.
+        """
+        first = self._sequence + 1
+        self._sequence += len(messages)
+        answers: dict[int, int] = {}
+        try:
+            self._socket.send(
+                b"".join(
+                    HEADER.pack(HEADER.size + len(body), kind, flags | NLM_F_REQUEST, first + place, 0) + body
+                    for place, (kind, flags, body) in enumerate(messages)
+                )
+            )
+            while True:
+                try:
+                    data = self._socket.recv(ANSWER_ROOM, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return answers
+                except OSError as error:
+                    # More errors than there is room for: the last are lost, the first are yet to be read.
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    continue
+                _, answer, _, sequence, _ = HEADER.unpack_from(data)
+                if answer == NLMSG_ERROR and sequence >= first:
+                    answers[sequence - first] = -struct.unpack_from("=i", data, HEADER.size)[0]
+        except OSError as error:
+            raise KernelError(doing, os.strerror(error.errno or 0)) from error
 
     def _ask(self, doing: str, kind: int, flags: int, body: bytes, wanted: Wanted | None) -> list[bytes] | None:
         self._sequence += 1
