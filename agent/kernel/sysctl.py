@@ -37,7 +37,7 @@ class Sysctls:
 
     def set_src_valid_mark(self, link: str) -> None:
         """Set it. The record is written first: a crash in between gives back too much, never too little."""
-        index = _index(link)
+        index = index_of(link)
         if index is None:
             raise KernelError(f"set src_valid_mark on {link}", "no such link")
         write_record(self._record, read_record(self._record) | {link: index})
@@ -45,7 +45,7 @@ class Sysctls:
 
     def restore_src_valid_mark(self, link: str) -> None:
         """Clear it where we had set it."""
-        record, index = read_record(self._record), _index(link)
+        record, index = read_record(self._record), index_of(link)
         if index in record.values():
             self._write(link, "0")
         # Renamed or not, a link keeps its index.
@@ -68,7 +68,8 @@ class Sysctls:
             raise KernelError(f"write {value} to {path}", os.strerror(error.errno or 0)) from error
 
 
-def _index(link: str) -> int | None:
+def index_of(link: str) -> int | None:
+    """The number of the link with this name, in this thread's namespace; None: there is none."""
     try:
         return socket.if_nametoindex(link)
     except OSError:
