@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -613,7 +612,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 in force or nothing found, 1 differs or something found, 2 trouble; "
         "128 and the number of the signal that ended it.",
     )
-    parser.add_argument("--version", action="version", version=f"idmark {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parser.add_argument(
         "-c", "--policy", type=Path, default=DEFAULT_POLICY, metavar="POLICY", help=f"the policy ({DEFAULT_POLICY})"
     )
@@ -706,5 +705,12 @@ def _duration(text: str) -> float:
 _UNITS, _LONGEST = {"s": 1, "m": 60, "h": 3600}, 24 * 3600
 
 
-def _version() -> str:
-    return metadata.version("idmark")
+class _Version(argparse.Action):
+    """What is installed is only looked up where somebody asks: that takes as long as all other verbs' words."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object, **options: object) -> NoReturn:
+        from importlib import metadata  # noqa: PLC0415
+
+        del args, options
+        print(f"idmark {metadata.version('idmark')}")
+        parser.exit()

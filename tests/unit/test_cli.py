@@ -297,6 +297,18 @@ def test_schema(idmark: Idmark) -> None:
     assert schema["additionalProperties"] is False
 
 
+#: What takes longer to import than most verbs to run.
+HEAVY = {"agent.model", "asyncio", "prometheus_client", "pydantic", "pyroute2", "rich"}
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_light_start(word: str) -> None:
+    """Who asks for little waits for little: none of the heavy packages is imported for it."""
+    code = f"import sys\nfrom agent import cli\ntry:\n    cli.main(['{word}'])\nfinally:\n    print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert HEAVY.isdisjoint(ran.stdout.split())
+
+
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"], ["--version"]])
 def test_help(idmark: Idmark, words: list[str]) -> None:
     """Help and version are on stdout, with exit code 0, and help names every verb and the exit codes."""
