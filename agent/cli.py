@@ -168,15 +168,15 @@ def plan(args: argparse.Namespace) -> int:
     policy = _policy(args)
     with _kernel(args) as kernel:
         seen = look(policy, kernel, _down())
+        notes = (*seen.notes, *kernel.sysctls.notes)
     _host_faults(seen.desired.faults)
     steps = seen.plan.text
     if args.out:
         planfile.write(args.out, policy, seen.plan)
     if args.json:
-        notes = list(seen.notes)
-        print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": notes}, indent=1))
+        print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": list(notes)}, indent=1))
     else:
-        _notes(seen.notes)
+        _notes(notes)
         print(steps, end="")
         print(f"# plan {seen.plan.digest}" if steps else "# in force: nothing to do")
     return DIFFERS if steps else OK
@@ -259,7 +259,7 @@ def _apply(
         remedy = "--confirm-within 60s takes it back unless you confirm; --yes does it all the same"
         return _Said(DIFFERS, "", notes, f"{danger}; nothing was changed: {remedy}")
     done = applying.apply(policy, seen, before, kernel, down=down, order=order)
-    notes += (*seen.notes, *done.notes)
+    notes += (*seen.notes, *kernel.sysctls.notes, *done.notes)
     text = ""
     if done.waiting:
         text = f"waiting for: idmark confirm, within {order.within:g} seconds; else all goes back as it was\n"
@@ -452,9 +452,12 @@ def remove(args: argparse.Namespace) -> int:
         gone = reconcile.remove(kernel)
         trial.forget()
         state.forget()
+        unknown = kernel.sysctls.notes
     print(gone.text, end="")
     print("removed" if gone.steps else "nothing of idmark's is here")
-    return OK
+    for words in unknown:
+        _complain(words)
+    return TROUBLE if unknown else OK
 
 
 def schema(args: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ class Keeper:
         complete = len(mended.taken) == len(look.plan.steps)
         self._metrics.passed(time.monotonic() - began, complete)
         self._report(mended.taken, look.desired, moved=moved)
-        self._chronicle.noted(look.desired.faults, (*look.notes, *mended.refused))
+        self._chronicle.noted(look.desired.faults, (*look.notes, *self._kernel.sysctls.notes, *mended.refused))
         if complete:
             self._forget_flows(look.desired)
             self._roads = look.desired

@@ -491,6 +491,21 @@ def test_refused_by_the_kernel(admin: Admin) -> None:
         assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1)
 
 
+def test_damaged_record(admin: Admin) -> None:
+    """A record of sysctls that can't be read any more is told once, and all else is kept in force meanwhile."""
+    admin.host.sysctl("net/ipv4/conf/all/rp_filter", 1)
+    with kept(admin, ONE) as site:
+        record = runtime.directory() / "src_valid_mark.json"
+        record.write_text("{")
+        admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+        assert eventually(site.in_force), site.said()
+        assert eventually(lambda: site.daemon.logged(f"read {record}: ") == 1), site.said()
+        assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1), site.said()
+        record.unlink()
+        admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+        assert eventually(lambda: site.daemon.logged(f"no longer: read {record}: ") == 1), site.said()
+
+
 # --- what may be in the way ------------------------------------------------------------------------------------------
 
 
