@@ -59,8 +59,8 @@ def nothing_pending(kernel: Seams) -> tuple[str, ...]:
     """
     found = trial.pending()
     if found and found.is_due(trial.clock() - trial.GRACE):
-        left = trial.take_back(found, kernel, found.reason)
-        return (f"policy {found.digest[:12]} was taken back first: {found.reason}", *left)
+        told = trial.take_back(found, kernel, found.reason)
+        return (f"policy {found.digest[:12]} was taken back first: {found.reason}", *told)
     if found:
         rest = max(0.0, found.deadline - trial.clock())
         words = f"policy {found.digest[:12]} waits for confirmation, {rest:.0f} more seconds"

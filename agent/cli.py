@@ -208,10 +208,10 @@ def rollback(args: argparse.Namespace) -> int:
     with _kernel(args) as kernel, runtime.lock("rollback"):
         waiting = trial.pending()
         if waiting and args.number is None:
-            left = trial.take_back(waiting, kernel, "rolled back")
-            _notes(f"could not be put back: {words}" for words in left)
+            told = trial.take_back(waiting, kernel, "rolled back")
+            _notes(told)
             print(f"policy {waiting.digest[:12]} is rolled back: what was in force before it is in force again")
-            return TROUBLE if left else OK
+            return TROUBLE if told else OK
         now = applying.kept()
         number = args.number
         entry = history.before(now.digest if now else "") if number is None else history.find(number)
@@ -303,7 +303,8 @@ def confirm(args: argparse.Namespace) -> int:
         if waiting.is_due(trial.clock()):
             _complain(f"too late: policy {waiting.digest[:12]} is being taken back")
             return DIFFERS
-        trial.confirm(waiting)
+        notes = trial.confirm(waiting)
+    _notes(notes)
     print(f"confirmed: policy {waiting.digest[:12]} stays in force")
     return OK
 

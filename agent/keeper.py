@@ -85,7 +85,7 @@ class Keeper:
         if found and found.is_due(trial.clock() - trial.GRACE):
             self._log.warning("policy %s is taken back: %s", found.digest[:12], found.reason)
             for words in trial.take_back(found, self._kernel, found.reason):
-                self._log.error("could not be put back: %s", words)
+                self._log.error("%s", words)
 
     def keep(self, *, moved: bool) -> Pass:
         """One pass. `moved`: links or addresses did, which takes routes along, and that is nobody's fault.

@@ -60,8 +60,13 @@ def saved_at() -> float | None:
 
 def forget() -> None:
     """Nothing is in force any more, and nothing shall be at the next boot. Raises StateError."""
-    _delete(NAME, "forget the policy of last time in {}")
+    drop()
     forgive()
+
+
+def drop() -> None:
+    """No policy is kept for the next boot. Raises StateError."""
+    _delete(NAME, "forget the policy of last time in {}")
 
 
 # --- the policy that is not wanted ------------------------------------------------------------------------------------

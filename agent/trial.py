@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent import history, ledger, snapshot, source, state
+from agent import IdmarkError, history, ledger, snapshot, source, state
 from agent.desired import NOBODY
 from agent.kernel import KernelError, runtime
 from agent.model import Policy
@@ -122,37 +122,62 @@ def policy_of(trial: Trial) -> Policy:
     return parse(contents(trial)[0], Path(source.APPLIED))
 
 
-def confirm(trial: Trial) -> None:
-    """It stays. Raises StateError, KernelError."""
+def confirm(trial: Trial) -> tuple[str, ...]:
+    """It stays; what could not be written down of that, in words.
+
+    Raises StateError where the next boot would not have it, and KernelError: then it is on trial still.
+    """
     state.save(policy_of(trial))
     if trial.unwanted:
         state.refuse(trial.unwanted, "it was rolled back")
     else:
         state.forgive()
-    end(trial.number, history.IN_FORCE, "confirmed")
     forget()
+    return _end(trial, history.IN_FORCE, "confirmed")
 
 
-def take_back(trial: Trial, kernel: Seams, why: str) -> list[str]:
-    """All goes back to what was before, and stays with the daemon; what could not be, in words. Raises KernelError.
+def take_back(trial: Trial, kernel: Seams, why: str) -> tuple[str, ...]:
+    """All goes back to what was before, and stays with the daemon. Raises KernelError.
 
-    Whoever is killed in the midst of it leaves it to be done again.
+    What could not be put back, or written down, is told, each a sentence. Whoever is killed in the midst of it leaves
+    it to be done again.
     """
     at_work = ledger.current()
     _, before = contents(trial)
-    left = snapshot.restore(before, kernel, at_work.down if at_work else NOBODY)
-    if before.policy:
-        source.hand_over(parse(before.policy, Path(state.NAME)))
-    words = "; ".join([why, *(f"could not be put back: {each}" for each in left)])
+    left = [
+        f"could not be put back: {each}"
+        for each in snapshot.restore(before, kernel, at_work.down if at_work else NOBODY)
+    ]
+    kept = parse(before.policy, Path(state.NAME)) if before.policy else None
+    if kept:
+        source.hand_over(kept)
+    told = (*left, *_not_kept(trial, kept, why), *_end(trial, history.ROLLED_BACK, "; ".join([why, *left])))
+    forget()
+    return told
+
+
+def _not_kept(trial: Trial, before: Policy | None, why: str) -> tuple[str, ...]:
+    """A confirmation that was cut short may have kept it for the next boot already. What is in the way, in words."""
     try:
-        end(trial.number, history.ROLLED_BACK, words)
-    finally:
-        forget()
-    return left
+        saved = state.load()
+        if saved is None or saved.digest != trial.digest or (before and before.digest == trial.digest):
+            return ()
+        state.refuse(trial.digest, why)
+        if before:
+            state.save(before)
+        else:
+            state.drop()
+    except IdmarkError as error:
+        return (str(error),)
+    return ()
 
 
-def end(number: int, outcome: str, why: str) -> None:
-    """Write into the history what became of an apply. Raises StateError."""
-    entry = history.find(number)
-    if entry:
-        history.ended(entry, outcome, why)
+def _end(trial: Trial, outcome: str, why: str) -> tuple[str, ...]:
+    """Write into the history what became of the apply. What is in the way, in words: it changes nothing else."""
+    try:
+        entry = history.find(trial.number)
+        if entry:
+            history.ended(entry, outcome, why)
+    except state.StateError as error:
+        return (str(error),)
+    return ()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import history, ledger, reconcile, trial
+from agent import history, ledger, reconcile, state, trial
 from agent.kernel import runtime
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
@@ -311,6 +311,39 @@ def test_rolled_back_by_hand(operator: Operator) -> None:
     operator.must("rollback")
     assert operator.inventory() == was
     assert operator.command("confirm").returncode == 1
+
+
+def test_nothing_can_be_written_down(operator: Operator) -> None:
+    """Where the history can't be written a policy is confirmed, or rolled back, all the same, and that is said."""
+    operator.must("apply", policy=ONE)
+    was = operator.inventory()
+    operator.must("apply", "--confirm-within", "60s", policy=MORE)
+    (folder,) = Path(operator.environment["STATE_DIRECTORY"]).parent.rglob("history")
+    folder.rename(folder.with_name("moved"))
+    folder.write_text("in the way")
+    done = operator.command("rollback")
+    assert (done.returncode, "history: Not a directory" in done.stderr) == (2, True)
+    assert operator.inventory() == was
+    operator.must("apply", "--confirm-within", "1s", policy=MORE)
+    done = operator.command("confirm")
+    assert (done.returncode, "history: Not a directory" in done.stderr) == (0, True)
+    time.sleep(2)
+    assert operator.command("plan").returncode == 0
+
+
+def test_confirmation_cut_short(operator: Operator) -> None:
+    """A confirmation that was killed after it had kept the policy for the next boot is none: that goes back as well."""
+    for before in ("", ONE):
+        if before:
+            operator.must("apply", policy=before)
+        kept_before = state.load()
+        operator.must("apply", "--confirm-within", "2s", policy=MORE)
+        on_trial = load(operator.admin.file)
+        state.save(on_trial)
+        state.forgive()
+        assert ended()
+        assert state.load() == kept_before
+        assert state.refused()[0] == on_trial.digest
 
 
 def test_removed_meanwhile(operator: Operator) -> None:
