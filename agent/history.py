@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ IN_FORCE, WAITING, REFUSED, FAILED, ROLLED_BACK, CUT_SHORT = (
     "rolled back",
     "cut short",
 )
+
+#: What JSON has for each type of an entry's fields; and the end of all times that can be printed (some 34,000 years).
+TYPES: Mapping[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+LAST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def record(
     """
     known = entries()
     entry = Entry(
-        number=known[-1].number + 1 if known else 1,
+        number=_last() + 1,
         at=time.time(),
         user=session.user(),
         verb=verb,
@@ -112,18 +116,28 @@ def ended(entry: Entry, outcome: str, why: str = "") -> Entry:
 def entries() -> list[Entry]:
     """The applies that are kept, the oldest first. Raises StateError."""
     path = _path()
-    found = []
+    found: list[Entry | None] = []
     try:
         with folder.opened(*_place()) as place:
             for name in sorted(os.listdir(place), key=_number):
                 if name.endswith(f".{ABOUT}") and _number(name):
-                    with suppress(ValueError, TypeError, RecursionError):  # of another version of the agent
-                        found.append(Entry(**json.loads(folder.got(place, name) or b"{}")))
+                    with suppress(OSError):  # nobody's file of ours: a pipe, a link
+                        found.append(_entry(_number(name), folder.got(place, name) or b""))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StateError(f"read {path}: {error.strerror or error}") from error
-    return found
+    return [entry for entry in found if entry]
+
+
+def _entry(number: int, data: bytes) -> Entry | None:
+    """The apply that a file is about; None: it is damaged, or of another version of the agent."""
+    try:
+        entry = Entry(**json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    typed = all(isinstance(getattr(entry, each.name), TYPES[str(each.type)]) for each in fields(entry))
+    return entry if typed and entry.number == number and 0 <= entry.at < LAST else None
 
 
 def find(number: int) -> Entry | None:
@@ -156,6 +170,17 @@ def _write(entry: Entry, texts: Mapping[str, str]) -> None:
         raise StateError(f"write down the apply in {_path()}: {error.strerror or error}") from error
 
 
+def _last() -> int:
+    """The highest number that is taken, also by what can't be read; 0: none. Raises StateError."""
+    try:
+        with folder.opened(*_place()) as place:
+            return max((_number(name) for name in os.listdir(place) if name.endswith(f".{ABOUT}")), default=0)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StateError(f"read {_path()}: {error.strerror or error}") from error
+
+
 def _prune(known: list[Entry]) -> None:
     """Forget the oldest, so that it does not grow for ever; and what a crash left without its head."""
     try:
@@ -175,14 +200,15 @@ def _prune(known: list[Entry]) -> None:
                 kept.append(entry.number)
             for number in names.keys() - set(kept):
                 for name in sorted(names[number], key=lambda name: not name.endswith(f".{ABOUT}")):
-                    os.unlink(name, dir_fd=place)
+                    with suppress(IsADirectoryError):  # nothing of ours
+                        os.unlink(name, dir_fd=place)
     except OSError as error:
         raise StateError(f"forget old applies in {_path()}: {error.strerror or error}") from error
 
 
 def _number(name: str) -> int:
     """The number of the apply that a file belongs to; 0: none."""
-    match = re.match(r"(\d{4,})\.", name)
+    match = re.match(r"(\d{4,9})\.", name, re.ASCII)
     return int(match[1]) if match else 0
 
 

@@ -166,6 +166,54 @@ def test_history_is_bounded_in_bytes(operator: Operator) -> None:
     assert [entry.number for entry in history.entries()] == [3, 4]
 
 
+#: An entry of the history as it should be.
+SOUND = {"number": 1, "at": 1, "user": "eve", "verb": "apply", "gateway": "g", "policy": "p", "plan": "", "changes": 1}
+SOUND |= {"outcome": "in force", "why": ""}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param("[]", id="list"),
+        pytest.param(json.dumps(SOUND | {"policy": 5}), id="type"),
+        pytest.param(json.dumps(SOUND | {"number": 2}), id="number"),
+        pytest.param(json.dumps(SOUND | {"at": float("nan")}), id="no-time"),
+        pytest.param(json.dumps(SOUND | {"at": 1e300}), id="end-of-times"),
+        pytest.param(json.dumps(SOUND | {"more": 1}), id="key"),
+    ],
+)
+def test_damaged_history(operator: Operator, head: str) -> None:
+    """An entry that is damaged is none; its number is not given again, and there is no way back to it."""
+    operator.must("apply", policy=ONE)
+    (about,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.json")
+    about.write_text(head)
+    assert operator.must("history") == ""
+    assert operator.command("rollback", "1").stderr == "idmark: rollback: there is no apply 1\n"
+    operator.must("apply", policy=MORE)
+    assert [entry.number for entry in history.entries()] == [2]
+
+
+def test_strange_history(operator: Operator) -> None:
+    """What others have put among its files is in nobody's way, and nothing in an entry steers the terminal."""
+    operator.must("apply", policy=ONE)
+    (about,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.json")
+    folder = about.parent
+    os.mkfifo(folder / "0002.json")
+    (folder / "0003.json").symlink_to("/etc/passwd")
+    (folder / "0004.json").mkdir()
+    (folder / f"{'9' * 30}.json").write_text("{}")
+    operator.must("apply", policy=MORE)
+    assert [entry.number for entry in history.entries()] == [1, 5]
+    about.write_text(json.dumps(SOUND | {"user": "\x1b[2Jroot", "verb": "apply\n   9  fake"}))
+    assert (
+        operator.must("history")
+        .splitlines()[0]
+        .endswith(r"apply\x0a   9  fake by \x1b[2Jroot: policy p, changes: 1, in force")
+    )
+
+
 def test_refusals_are_written_down(operator: Operator) -> None:
     """A plan that is not the expected one, and a policy that can't be here, are in the history as refused, once."""
     for _ in range(2):
