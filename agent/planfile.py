@@ -65,11 +65,12 @@ def read(path: Path) -> Reviewed:
             raise ValueError(f"its format is {document['idmark_plan']}, and not {FORMAT}")
         text, written = ("".join(f"{line}\n" for line in document[key]) for key in ("changes", "policy"))
         digest, policy_digest = document["digest"], document["policy_digest"]
+        unaltered = hashlib.sha256(text.encode()).hexdigest() == digest
     except OSError as error:
         raise PlanFileError(f"read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PlanFileError(f"{path}: this is no plan as `idmark plan --out` writes it ({error})") from error
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
+    if not unaltered:
         raise PlanFileError(f"{path}: its changes are not those that its digest was taken of: it was altered")
     policy = parse(written, path)
     if policy.digest != policy_digest:

@@ -7,6 +7,7 @@ what has to outlast one, that this policy is not wanted, is in the state directo
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -63,29 +64,34 @@ def clock() -> float:
 
 def pending() -> Trial | None:
     """The policy on trial in this namespace; None: there is none. Raises KernelError."""
-    found: Mapping[str, Any] = runtime.published(NAME)
-    if not found:
-        return None
     try:
-        return Trial(**found)
-    except TypeError as error:
+        found: Mapping[str, Any] = runtime.published(NAME)
+        if not found:
+            return None
+        trial = Trial(**found)
+        if not isinstance(trial.digest, str) or not math.isfinite(trial.within + trial.deadline):
+            raise ValueError("it is not about a trial")
+    except (KernelError, TypeError, ValueError) as error:
         raise _unreadable(NAME, error) from error
+    return trial
 
 
 def contents(trial: Trial) -> tuple[str, Snapshot]:
     """The text of the policy on trial, and what to go back to. Raises KernelError."""
-    found: Mapping[str, Any] = runtime.published(CONTENTS)
     try:
+        found: Mapping[str, Any] = runtime.published(CONTENTS)
         if found["trial"] != trial.id:
             raise ValueError(f"it is about trial {found['trial']}, not {trial.id}")
         return str(found["policy"]), Snapshot.of(found["before"])
-    except (LookupError, TypeError, ValueError) as error:
+    except (KernelError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(CONTENTS, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> KernelError:
-    path = runtime.directory() / name
-    return KernelError(f"read {path}", f"{error!r}; idmark remove forgets it, and takes away all that is in force")
+    what = str(error) if isinstance(error, KernelError) else f"{runtime.directory() / name}: {error!r}"
+    return KernelError(
+        "find out about the policy on trial", f"{what}; idmark remove forgets it, and takes away all that is in force"
+    )
 
 
 def begin(policy: Policy, before: Snapshot, within: float, *, number: int, unwanted: str = "") -> Trial:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import history, ledger, reconcile, state, trial
+from agent import history, ledger, reconcile, snapshot, state, trial
 from agent.kernel import runtime
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
@@ -392,6 +392,31 @@ def test_confirmation_cut_short(operator: Operator) -> None:
         assert ended()
         assert state.load() == kept_before
         assert state.refused()[0] == on_trial.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param("trial.json", "{", id="cut-short"),
+        pytest.param("trial.json", '{"id": "x"}', id="incomplete"),
+        pytest.param("trial.json", '{"id": "x", "digest": "d", "within": "a", "deadline": 1}', id="type"),
+        pytest.param("trial.json", '{"id": "x", "digest": "d", "within": 1, "deadline": NaN}', id="never"),
+        pytest.param("trial-contents.json", "{}", id="of-nothing"),
+        pytest.param("trial-contents.json", "[", id="contents-cut-short"),
+    ],
+)
+def test_damaged_trial(operator: Operator, name: str, text: str) -> None:
+    """What is written down about a trial and can't be read is told with what leads out of it; and that does."""
+    begun = trial.begin(operator.admin.write(ONE), snapshot.Snapshot(), 60.0, number=1)
+    assert trial.pending() == begun
+    (runtime.directory() / name).write_text(text)
+    done = operator.command("rollback")
+    assert done.returncode == 2
+    assert done.stderr.startswith("idmark: find out about the policy on trial: ")
+    assert str(runtime.directory() / name) in done.stderr
+    assert "idmark remove forgets it" in done.stderr
+    operator.must("remove")
+    assert trial.pending() is None
 
 
 def test_removed_meanwhile(operator: Operator) -> None:

@@ -65,6 +65,11 @@ def test_moved(tmp_path: Path) -> None:
         pytest.param('{"idmark_plan": 2}', "its format is 2, and not 1", id="of-a-later-version"),
         pytest.param("[" * 100_000, "this is no plan", id="deep"),
         pytest.param('{"idmark_plan": 1, "changes": [], "policy": [], "digest": "x", "policy_digest": ""}', "altered"),
+        pytest.param(
+            '{"idmark_plan": 1, "changes": ["\\ud800"], "policy": [], "digest": "x", "policy_digest": ""}',
+            "this is no plan",
+            id="no-text",
+        ),
     ],
 )
 def test_no_plan(tmp_path: Path, text: str, words: str) -> None:
