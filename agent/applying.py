@@ -129,21 +129,21 @@ def apply(
             if not left.steps:
                 break
         if order.recorded and changes and not left.steps:
-            left = _verify(policy, kernel, down)
+            left = verify(policy, kernel, down)
         # Before the lock is free: what has been applied is what a daemon keeps from now on.
         source.hand_over(policy)
         waiting = net.hold()
     except BaseException as error:  # also Ctrl-C and the like
         words = net.catch(error, touched=changes > 0)
-        if isinstance(error, _DisagreesError):
-            raise ApplyError(f"the kernel does not route as is wanted:\n{error}\n{words}") from error
+        if isinstance(error, DisagreesError):
+            raise ApplyError(f"{error}\n{words}") from error
         raise
     notes = net.notes if waiting else (*net.notes, *_kept_over_boot(policy, order))
     return Applied(changes, left, waiting, notes)
 
 
-class _DisagreesError(IdmarkError):
-    """The kernel's own lookups are not what is wanted."""
+class DisagreesError(ApplyError):
+    """The kernel's own lookups are not what is wanted, once it is in force."""
 
 
 class _Net:
@@ -224,8 +224,8 @@ class _Net:
             self.notes = (*self.notes, str(error))
 
 
-def _verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
-    """Ask the kernel for its own routes; what differs again. Raises _DisagreesError, KernelError.
+def verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
+    """Ask the kernel for its own routes; what differs again. Raises DisagreesError, KernelError.
 
     Where something differs again nothing is proved against the policy: that is somebody's doing, and is told as such.
     """
@@ -238,7 +238,7 @@ def _verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
             return Plan(())
     left = reconcile.look(policy, kernel, down).plan
     if not left.steps:
-        raise _DisagreesError("\n".join(faults))
+        raise DisagreesError("\n".join(("the kernel does not route as is wanted:", *faults)))
     return left
 
 

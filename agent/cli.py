@@ -320,7 +320,7 @@ def history(args: argparse.Namespace) -> int:
         print(json.dumps([history.plain(entry) for entry in found], indent=1))
     for entry in () if args.json else found:
         what = f"{entry.verb} by {entry.user}: policy {entry.policy[:12]}, changes: {entry.changes}"
-        why = f": {entry.why.splitlines()[0]}" if entry.why else ""
+        why = f": {' '.join(entry.why.splitlines()[:2])}" if entry.why else ""
         line = f"{entry.number:>4}  {entry.when}  {what}, {entry.outcome}{why}"
         # What stands in a file is for the reader, and not for the terminal.
         print("".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in line))

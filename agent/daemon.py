@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from agent import IdmarkError, history, state, trial
+from agent.applying import DisagreesError
 from agent.keeper import Keeper
 from agent.kernel import KernelError, runtime
 from agent.kernel.wake import Wake
@@ -33,6 +34,8 @@ REST, REST_LAST = 4.0, 1.0
 PATIENCE, BUSY, BUSY_LONG = 1.0, 0.05, 1.0
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
 HEALTHY = 300.0
+#: What becomes of a policy, for the history; it has failed by all other errors.
+OUTCOMES: Mapping[type[Exception], str] = {HostError: history.REFUSED, DisagreesError: history.ROLLED_BACK}
 
 
 class UnwantedError(IdmarkError):
@@ -189,6 +192,8 @@ class Daemon:
                     self._put_in_force(policy)
                     self._save()
                 self._due = 0.0  # to see that all is as it should be
+        except DisagreesError as error:  # with every other try it would be in force for a moment
+            self._refused(error)
         except IdmarkError as error:
             if str(error) != self._refusal:
                 self._refused(error)
@@ -203,7 +208,7 @@ class Daemon:
         try:
             look = self._keeper.change(policy)
         except (HostError, ApplyError) as error:
-            outcome = history.REFUSED if isinstance(error, HostError) else history.FAILED
+            outcome = OUTCOMES.get(type(error), history.FAILED)
             self._record("reload", policy, outcome=outcome, why=str(error))
             raise
         self._record("reload", policy, look, outcome=history.IN_FORCE)

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,6 +362,15 @@ def test_rolled_back_by_hand(operator: Operator) -> None:
     assert operator.command("confirm").returncode == 1
 
 
+@pytest.mark.parametrize(("clock", "moved"), [("boottime", True), ("monotonic", False)])
+def test_clock(netns: Host, clock: str, moved: bool) -> None:
+    """What ends a trial is the time since boot, sleep included: no clock that anybody sets (time_namespaces(7))."""
+    script = "from agent import trial; print(trial.clock())"
+    shifted = ["unshare", "--time", f"--{clock}", "100000", "--fork"]
+    here, there = (float(netns.run([*words, sys.executable, "-c", script])) for words in ([], shifted))
+    assert (there - here > 90_000) is moved
+
+
 def test_nothing_can_be_written_down(operator: Operator) -> None:
     """Where the history can't be written a policy is confirmed, or rolled back, all the same, and that is said."""
     operator.must("apply", policy=ONE)
@@ -567,6 +577,27 @@ def test_verified(operator: Operator) -> None:
     assert "the kernel says: via 203.0.113.1 dev wan table 254" in done.stderr
     assert operator.inventory() == before
     assert operator.outcomes() == ["rolled back"]
+
+
+def test_verified_reload(operator: Operator) -> None:
+    """A reload is verified as an apply is: where the kernel routes otherwise, the policy before is in force again.
+
+    It is not tried again by itself: each time it would be in force for a moment.
+    """
+    with kept(operator.admin, ONE) as site:
+        before = load(operator.admin.file)
+        operator.admin.host.ip("rule", "add", "priority", "100", "from", INSIDE["ipv4"], "lookup", "main")
+        operator.admin.file.write_text(MORE)
+        site.daemon.reload()
+        assert site.daemon.logged("the kernel does not route as is wanted") == 1, site.said()
+        assert site.daemon.logged("to be tried again") == 0
+        assert at_work() == before.digest
+        assert not reconcile.look(before, site.kernel).plan.steps
+        last = history.entries()[-1]
+        assert (last.verb, last.outcome) == ("reload", "rolled back")
+        operator.admin.host.ip("rule", "delete", "priority", "100")
+        site.daemon.reload()
+        assert eventually(site.in_force), site.said()
 
 
 SESSIONS = {
