@@ -19,6 +19,8 @@ from agent.snapshot import Snapshot
 PASSES = 3
 #: How often the kernel is asked whether it routes as is wanted, and seconds in between.
 ASKED, BETWEEN = 5, 0.2
+#: Seconds that a line of the history waits for whoever is at work.
+BRIEFLY = 1.0
 
 
 class PendingError(IdmarkError):
@@ -104,6 +106,16 @@ def refused(policy: Policy, seen: Look, verb: str, why: str) -> tuple[str, ...]:
         history.record(verb, policy, seen.plan, seen.desired, outcome=history.REFUSED, why=why)
     except IdmarkError as error:
         return (str(error),)
+    return ()
+
+
+def refused_at_the_door(error: PolicyError) -> tuple[str, ...]:
+    """Write down that a policy with faults was to be applied; what an operator should hear of besides. No lock held."""
+    try:
+        with runtime.lock("apply", BRIEFLY):
+            history.record_faults("apply", error)
+    except IdmarkError as failure:
+        return (str(failure),)
     return ()
 
 

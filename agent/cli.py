@@ -189,7 +189,7 @@ def apply(args: argparse.Namespace) -> int:
     from agent.kernel import runtime  # noqa: PLC0415
 
     reviewed = planfile.read(args.plan) if args.plan else None
-    policy = reviewed.policy if reviewed else None if args.approved else _policy(args)
+    policy = reviewed.policy if reviewed else None if args.approved else _wanted(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
         policy = policy or _approved()
         if policy is None:
@@ -198,6 +198,20 @@ def apply(args: argparse.Namespace) -> int:
         order = Order(once=bool(reviewed) or args.expect is not None, recorded=not args.approved, **_net(args))
         said = _apply(policy, kernel, order, yes=args.yes, expect=args.expect, reviewed=reviewed)
     return said.tell()
+
+
+def _wanted(args: argparse.Namespace) -> Policy:
+    """The policy to apply; one with faults was tried, and the history tells of it, too."""
+    from agent import applying  # noqa: PLC0415
+    from agent.policy import PolicyError  # noqa: PLC0415
+
+    try:
+        return _policy(args)
+    except PolicyError as error:
+        if _may_administer():
+            _kernel(args)
+            _notes(applying.refused_at_the_door(error))
+        raise
 
 
 def rollback(args: argparse.Namespace) -> int:
@@ -319,7 +333,8 @@ def history(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([history.plain(entry) for entry in found], indent=1))
     for entry in () if args.json else found:
-        what = f"{entry.verb} by {entry.user}: policy {entry.policy[:12]}, changes: {entry.changes}"
+        policy = f"policy {entry.policy[:12]}" if entry.policy else "a policy with faults"
+        what = f"{entry.verb} by {entry.user}: {policy}, changes: {entry.changes}"
         why = f": {' '.join(entry.why.splitlines()[:2])}" if entry.why else ""
         line = f"{entry.number:>4}  {entry.when}  {what}, {entry.outcome}{why}"
         # What stands in a file is for the reader, and not for the terminal.

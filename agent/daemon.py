@@ -170,6 +170,9 @@ class Daemon:
         self._notify.reloading()
         try:
             self._change(self._unless_refused(self._source.read()))
+        except PolicyError as error:
+            self._refused(error)
+            self._record_faults(error)
         except IdmarkError as error:
             self._refused(error)
         self._notify.ready()
@@ -219,6 +222,13 @@ class Daemon:
             history.record(verb, policy, plan, desired, outcome=outcome, why=why)
         except IdmarkError as error:
             self._log.warning("%s", error)
+
+    def _record_faults(self, error: PolicyError) -> None:
+        try:
+            with runtime.lock("run", PATIENCE):
+                history.record_faults("reload", error)
+        except IdmarkError as failure:
+            self._log.warning("%s", failure)
 
     def _remember(self) -> None:
         """A policy that came into force by the daemon's start."""

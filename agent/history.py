@@ -1,8 +1,9 @@
 """What was applied here: when, by whom, what it was and what became of it. Readable files, a bounded number.
 
 In the state directory, `history/`: for the apply with number 12 `0012.policy.toml`, `0012.plan.txt`,
-`0012.ruleset.nft`, `0012.routing.txt`, and `0012.json` about it, which is written last and deleted first: without it
-the others are nothing. Whoever writes holds the namespace's lock.
+`0012.ruleset.nft`, `0012.routing.txt` (`0012.faults.txt` alone for a policy that was refused at the door), and
+`0012.json` about it, which is written last and deleted first: without it the others are nothing. Whoever writes holds
+the namespace's lock.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from agent import folder, render, session, state
 from agent.desired import Desired
 from agent.model import Policy
 from agent.plan import Plan
-from agent.policy import load
+from agent.policy import PolicyError, load
 from agent.state import StateError
 
 #: How many applies are kept, and how many bytes of them at most; the last two are kept whatever their size.
@@ -81,26 +82,53 @@ def record(
 
     The same refusal twice is written down once.
     """
-    known = entries()
-    entry = Entry(
-        number=_last() + 1,
-        at=time.time(),
-        user=session.user(),
-        verb=verb,
-        gateway=policy.gateway,
-        policy=policy.digest,
-        plan=plan.digest if plan else "",
-        changes=len(plan.steps) if plan else 0,
-        outcome=outcome,
-        why=why,
-    )
-    if known and outcome in (REFUSED, FAILED) and replace(entry, number=known[-1].number, at=known[-1].at) == known[-1]:
-        return known[-1]
     texts = {POLICY: state.text(policy)}
     if plan:
         texts["plan.txt"] = plan.text
     if desired:
         texts |= render.files(desired)
+    return _record(
+        Entry(
+            number=_last() + 1,
+            at=time.time(),
+            user=session.user(),
+            verb=verb,
+            gateway=policy.gateway,
+            policy=policy.digest,
+            plan=plan.digest if plan else "",
+            changes=len(plan.steps) if plan else 0,
+            outcome=outcome,
+            why=why,
+        ),
+        texts,
+    )
+
+
+def record_faults(verb: str, error: PolicyError) -> Entry:
+    """Write down that a policy was refused at the door, with every fault in `faults.txt`; it has no digest.
+
+    Raises StateError. The same refusal twice is written down once.
+    """
+    entry = Entry(
+        number=_last() + 1,
+        at=time.time(),
+        user=session.user(),
+        verb=verb,
+        gateway="",
+        policy="",
+        plan="",
+        changes=0,
+        outcome=REFUSED,
+        why="\n".join(error.lines()[:2]),
+    )
+    return _record(entry, {"faults.txt": "".join(f"{line}\n" for line in error.lines())})
+
+
+def _record(entry: Entry, texts: Mapping[str, str]) -> Entry:
+    known = entries()
+    last = replace(entry, number=known[-1].number, at=known[-1].at) if known else None
+    if known and entry.outcome in (REFUSED, FAILED) and last == known[-1]:
+        return known[-1]
     _write(entry, texts)
     _prune([*known, entry])
     return entry

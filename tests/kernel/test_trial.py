@@ -224,6 +224,25 @@ def test_refusals_are_written_down(operator: Operator) -> None:
     assert operator.outcomes() == ["refused", "refused"]
 
 
+def test_faults_are_written_down(operator: Operator) -> None:
+    """A policy that was refused at the door is in the history with its faults, of apply and of reload; once each."""
+    faulty = ONE.replace("id = 2", "id = 77") + "nonsense = 1\n"
+    for _ in range(2):
+        done = operator.command("apply", policy=faulty)
+        assert done.returncode == 2
+    (file,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.faults.txt")
+    assert file.read_text() == done.stderr
+    with kept(operator.admin, ONE) as site:
+        operator.admin.file.write_text(faulty)
+        site.daemon.reload()
+    assert [(entry.verb, entry.outcome) for entry in history.entries()] == [
+        ("apply", "refused"),
+        ("start", "in force"),
+        ("reload", "refused"),
+    ]
+    assert "apply by root: a policy with faults, changes: 0, refused: " in operator.must("history")
+
+
 # --- plan files ------------------------------------------------------------------------------------------------------
 
 
