@@ -36,8 +36,10 @@ Idmark = Callable[..., Ran]
 
 @pytest.fixture
 def idmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Idmark]:
-    """Run idmark beside a good policy.toml."""
+    """Run idmark beside a good policy.toml, and with folders of its own for what it writes down."""
     monkeypatch.chdir(tmp_path)
+    for name in ("STATE_DIRECTORY", "RUNTIME_DIRECTORY"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     Path("policy.toml").write_text(GOOD, encoding="utf-8")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
