@@ -11,7 +11,7 @@ from agent.desired import NOBODY
 from agent.kernel import runtime
 from agent.model import Policy
 from agent.plan import Plan
-from agent.policy import PolicyError, load
+from agent.policy import PolicyError
 from agent.reconcile import ApplyError, Look, Seams
 from agent.snapshot import Snapshot
 
@@ -73,7 +73,7 @@ def nothing_pending(kernel: Seams) -> tuple[str, ...]:
 def kept() -> Policy | None:
     """The policy that is to be in force now: the daemon's, or that of the last apply; None: none that can be read."""
     at_work = ledger.current()
-    for read in (state.load, _handed_over):
+    for read in (state.load, source.handed_over):
         try:
             policy = read()
         except PolicyError:
@@ -84,11 +84,6 @@ def kept() -> Policy | None:
         if at_work is None:
             break
     return None
-
-
-def _handed_over() -> Policy | None:
-    path = runtime.directory() / source.APPLIED
-    return load(path) if path.exists() else None
 
 
 def danger(seen: Look, before: Policy | None, kernel: Seams, down: Mapping[str, str] = NOBODY) -> str | None:

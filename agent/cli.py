@@ -507,11 +507,9 @@ def lab(args: argparse.Namespace) -> int:
 
 
 def _down() -> Mapping[str, str]:
-    """Who counts as down, by the word of the daemon at work."""
     from agent import ledger  # noqa: PLC0415
 
-    at_work = ledger.current()
-    return at_work.down if at_work else {}
+    return ledger.down()
 
 
 def _approved() -> Policy | None:

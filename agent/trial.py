@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError, history, ledger, snapshot, source, state
-from agent.desired import NOBODY
 from agent.kernel import KernelError, runtime
 from agent.model import Policy
 from agent.policy import parse
@@ -148,12 +147,9 @@ def take_back(trial: Trial, kernel: Seams, why: str) -> tuple[str, ...]:
     What could not be put back, or written down, is told, each a sentence. Whoever is killed in the midst of it leaves
     it to be done again.
     """
-    at_work = ledger.current()
+    down = ledger.down()
     _, before = contents(trial)
-    left = [
-        f"could not be put back: {each}"
-        for each in snapshot.restore(before, kernel, at_work.down if at_work else NOBODY)
-    ]
+    left = [f"could not be put back: {each}" for each in snapshot.restore(before, kernel, down)]
     kept = parse(before.policy, Path(state.NAME)) if before.policy else None
     if kept:
         source.hand_over(kept)
