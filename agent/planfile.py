@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError, folder, state
+from agent.linediff import unified
 from agent.model import Policy
 from agent.plan import Plan
 from agent.policy import parse
@@ -32,9 +32,9 @@ class Reviewed:
 
     def moved(self, now: Plan) -> Iterator[str]:
         """What is in this plan and no longer in that, and what is new there: lines with `<` and `>`, as diff(1)."""
-        for line in difflib.ndiff(self.text.splitlines(), now.text.splitlines()):
+        for line in unified(self.text.splitlines(), now.text.splitlines()):
             if line[0] in "-+":
-                yield f"{'<' if line[0] == '-' else '>'} {line[2:]}"
+                yield f"{'<' if line[0] == '-' else '>'} {line[1:]}"
 
 
 def write(path: Path, policy: Policy, plan: Plan) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 
 from agent import planfile
 from agent.desired import desire
-from agent.model import Policy
-from agent.plan import Observed, Plan, plan
-from agent.planfile import PlanFileError
+from agent.model import Family, Policy, Prefix, Route
+from agent.plan import AddRoute, Observed, Plan, plan
+from agent.planfile import PlanFileError, Reviewed
 from agent.policy import load
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, policies, policy, toml
 
@@ -55,6 +55,13 @@ def test_moved(tmp_path: Path) -> None:
     fewer = Plan(steps.steps[1:])
     first = [f"< {line}" for line in steps.steps[0].lines()]
     assert list(planfile.read(path).moved(fewer)) == first
+
+
+def test_all_of_a_large_one_moved() -> None:
+    """Where a list of 20,000 prefixes is another identity's now, each line is told, and nobody waits for hours."""
+    was, now = ([AddRoute(Route(Prefix(Family.IPV4, n << 8, 24), table)) for n in range(20_000)] for table in (1, 2))
+    told = list(Reviewed(policy(INSIDE), Plan(tuple(was)).text, "").moved(Plan(tuple(now))))
+    assert sorted(line[0] for line in told) == ["<"] * 20_000 + [">"] * 20_000
 
 
 @pytest.mark.parametrize(
