@@ -141,7 +141,8 @@ def apply(
         source.hand_over(policy)
         waiting = net.hold()
     except BaseException as error:  # also Ctrl-C and the like
-        words = net.catch(error, touched=changes > 0)
+        # A failed step has taken back those before it; Ctrl-C may have come when all were taken, and none counted.
+        words = net.catch(error, touched=changes > 0 or not isinstance(error, IdmarkError))
         if isinstance(error, DisagreesError):
             raise ApplyError(f"{error}\n{words}") from error
         raise

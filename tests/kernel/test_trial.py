@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import history, ledger, reconcile, snapshot, state, trial
+from agent import applying, history, ledger, reconcile, snapshot, state, trial
 from agent.kernel import runtime
+from agent.plan import Plan
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
@@ -596,6 +597,28 @@ def test_verified(operator: Operator) -> None:
     assert "the kernel says: via 203.0.113.1 dev wan table 254" in done.stderr
     assert operator.inventory() == before
     assert operator.outcomes() == ["rolled back"]
+
+
+def test_interrupted_at_the_end(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C that comes when the last step was taken, and before anybody knows of it, takes all back."""
+    operator.must("apply", policy=ONE)
+    before = load(operator.admin.file)
+    was = operator.inventory()
+    take = reconcile.apply
+
+    def take_and_be_interrupted(chosen: Plan, kernel: reconcile.Seams) -> None:
+        monkeypatch.setattr(reconcile, "apply", take)
+        take(chosen, kernel)
+        raise KeyboardInterrupt
+
+    with reconcile.opened() as kernel:
+        policy = operator.admin.write(MORE)
+        seen = reconcile.look(policy, kernel)
+        monkeypatch.setattr(reconcile, "apply", take_and_be_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            applying.apply(policy, seen, before, kernel, down={}, order=applying.Order())
+    assert operator.inventory() == was
+    assert operator.outcomes()[-1] == "rolled back"
 
 
 def test_verified_reload(operator: Operator) -> None:
