@@ -18,6 +18,7 @@ from agent.notify import Notify
 from agent.policy import PolicyError
 from agent.reconcile import ApplyError, HostError, Look
 from agent.source import Source
+from agent.state import StateError
 
 #: Signals that the daemon lives by.
 RELOAD, STOP = signal.SIGHUP, frozenset({signal.SIGTERM, signal.SIGINT})
@@ -71,6 +72,8 @@ class Daemon:
         self._deaf = 0.0
         self._moved = True
         self._trouble = self._refusal = ""
+        # Records of the other verbs that can't be read, in words.
+        self._damaged: list[str] = []
         # A policy that was read and could not be put in force yet, and when that is tried again.
         self._wanted: Policy | None = None
         self._wanted_due = 0.0
@@ -110,13 +113,16 @@ class Daemon:
         """The policy on trial, if there is one; the file's; or the one that was in force last, if the file has faults,
         was changed before that, or holds what was taken back.
         """
-        on_trial = trial.pending()
-        if on_trial:
-            self._log.info("policy %s waits for confirmation: it is kept meanwhile", on_trial.digest[:12])
-            return trial.policy_of(on_trial)
+        try:
+            on_trial = trial.pending()
+            if on_trial:
+                self._log.info("policy %s waits for confirmation: it is kept meanwhile", on_trial.digest[:12])
+                return trial.policy_of(on_trial)
+        except trial.DamagedError:  # the first pass tells of it; and it was refused before it was tried
+            pass
         try:
             policy = self._unless_refused(self._source.read())
-        except (PolicyError, UnwantedError) as error:
+        except (PolicyError, UnwantedError, StateError) as error:
             self._refused(error)
             kept = state.load()
             if kept is None:
@@ -268,9 +274,7 @@ class Daemon:
         self._deaf = 0.0
         try:
             with runtime.lock("run", 0.0):
-                self._keeper.take_back()
-                self._take_over()
-                self._let_be()
+                self._see_to_records()
                 found = self._keeper.keep(moved=self._moved)
                 if not self._ready and found.usable:
                     self._save()
@@ -302,6 +306,19 @@ class Daemon:
         if not self._ready:
             self._ready = True
             self._notify.ready()
+
+    def _see_to_records(self) -> None:
+        """Do what other verbs have left to be done; one record that is damaged keeps nothing else from its place."""
+        damaged = []
+        for see_to in (self._keeper.take_back, self._take_over, self._let_be):
+            try:
+                see_to()
+            except (trial.DamagedError, StateError) as error:
+                damaged.append(str(error))
+        for words in dict.fromkeys(damaged):
+            if words not in self._damaged:
+                self._log.error("%s", words)
+        self._damaged = damaged
 
     def _take_over(self) -> None:
         """Keep what another verb has put in force since; it had the lock until then."""

@@ -30,6 +30,10 @@ APPLYING, WAITING = "applying", "waiting"
 GRACE = 1.0
 
 
+class DamagedError(KernelError):
+    """What is written down about the policy on trial can't be read; the text says the way out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """`digest` is that of the policy on trial, `number` the apply's in the history.
@@ -62,7 +66,7 @@ def clock() -> float:
 
 
 def pending() -> Trial | None:
-    """The policy on trial in this namespace; None: there is none. Raises KernelError."""
+    """The policy on trial in this namespace; None: there is none. Raises DamagedError."""
     try:
         found: Mapping[str, Any] = runtime.published(NAME)
         if not found:
@@ -71,26 +75,26 @@ def pending() -> Trial | None:
         if not isinstance(trial.digest, str) or not math.isfinite(trial.within + trial.deadline):
             raise ValueError("it is not about a trial")
     except (KernelError, TypeError, ValueError) as error:
-        raise _unreadable(NAME, error) from error
+        raise _damaged(NAME, error) from error
     return trial
 
 
 def contents(trial: Trial) -> tuple[str, Snapshot]:
-    """The text of the policy on trial, and what to go back to. Raises KernelError."""
+    """The text of the policy on trial, and what to go back to. Raises DamagedError."""
     try:
         found: Mapping[str, Any] = runtime.published(CONTENTS)
         if found["trial"] != trial.id:
             raise ValueError(f"it is about trial {found['trial']}, not {trial.id}")
         return str(found["policy"]), Snapshot.of(found["before"])
     except (KernelError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(CONTENTS, error) from error
+        raise _damaged(CONTENTS, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> KernelError:
-    what = str(error) if isinstance(error, KernelError) else f"{runtime.directory() / name}: {error!r}"
-    return KernelError(
-        "find out about the policy on trial", f"{what}; idmark remove forgets it, and takes away all that is in force"
-    )
+def _damaged(name: str, error: Exception) -> DamagedError:
+    place = runtime.directory()
+    why = error.why if isinstance(error, KernelError) else repr(error)
+    remedy = f"delete {place / NAME} and apply what is to stay; or idmark remove, which takes away all that is in force"
+    return DamagedError(f"read {place / name}", f"{why}; {remedy}")
 
 
 def begin(policy: Policy, before: Snapshot, within: float, *, number: int, unwanted: str = "") -> Trial:

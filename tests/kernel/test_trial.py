@@ -436,17 +436,21 @@ def test_confirmation_cut_short(operator: Operator) -> None:
     ],
 )
 def test_damaged_trial(operator: Operator, name: str, text: str) -> None:
-    """What is written down about a trial and can't be read is told with what leads out of it; and that does."""
+    """What is written down about a trial and can't be read is told with the two ways out of it; and they are."""
     begun = trial.begin(operator.admin.write(ONE), snapshot.Snapshot(), 60.0, number=1)
     assert trial.pending() == begun
     (runtime.directory() / name).write_text(text)
     done = operator.command("rollback")
     assert done.returncode == 2
-    assert done.stderr.startswith("idmark: find out about the policy on trial: ")
-    assert str(runtime.directory() / name) in done.stderr
-    assert "idmark remove forgets it" in done.stderr
+    assert done.stderr.startswith(f"idmark: read {runtime.directory() / name}: ")
+    head = runtime.directory() / "trial.json"
+    assert f"; delete {head} and apply what is to stay; or idmark remove" in done.stderr
     operator.must("remove")
     assert trial.pending() is None
+    trial.begin(load(operator.admin.file), snapshot.Snapshot(), 60.0, number=1)
+    (runtime.directory() / name).write_text(text)
+    head.unlink()
+    operator.must("apply")
 
 
 def test_removed_meanwhile(operator: Operator) -> None:
