@@ -554,13 +554,18 @@ def _host_faults(faults: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put a file in the place of the old one: a full disk leaves the old one whole."""
-    new = path.with_name(f".{path.name}.new")
+    """Put a file in the place of the old one: a full disk leaves the old one whole. Nothing but a file is replaced."""
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        if path.exists() and not path.is_file():  # a pipe, /dev/null
+            path.write_text(text, encoding="utf-8")
+            return
+        new = path.with_name(f".{path.name}.new")
+        try:
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise UsageError(f"write {path}: {error.strerror}") from error
 
 

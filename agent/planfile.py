@@ -38,7 +38,9 @@ class Reviewed:
 
 
 def write(path: Path, policy: Policy, plan: Plan) -> None:
-    """Put a plan and its policy into a file that only its owner may read. Raises PlanFileError."""
+    """Put a plan and its policy into a file that only its owner may read; what is there and is no file (a pipe, a
+    device) gets it written into. Raises PlanFileError.
+    """
     document = {
         "idmark_plan": FORMAT,
         "gateway": policy.gateway,
@@ -49,6 +51,9 @@ def write(path: Path, policy: Policy, plan: Plan) -> None:
     }
     data = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(data, encoding="utf-8")
+            return
         with folder.opened(path.parent) as place:
             folder.put(place, path.name, data.encode(), 0o600, durable=True)
     except OSError as error:

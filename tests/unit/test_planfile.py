@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def test_altered(tmp_path: Path, key: str) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(PlanFileError, match="it was altered"):
         planfile.read(path)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """A device or a pipe is written into, and stays what it is: /dev/null is everybody's. A folder is refused."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        planfile.write(path, policy(INSIDE), Plan(()))
+        assert json.loads(pipe.read(1 << 16))["gateway"] == "gw1"
+    assert path.is_fifo()
+    with pytest.raises(PlanFileError, match="Is a directory"):
+        planfile.write(tmp_path, policy(INSIDE), Plan(()))
 
 
 def test_where_it_cannot_be(tmp_path: Path) -> None:
