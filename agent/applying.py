@@ -11,7 +11,7 @@ from agent.desired import NOBODY
 from agent.kernel import runtime
 from agent.model import Policy
 from agent.plan import Plan
-from agent.policy import PolicyError, load
+from agent.policy import PolicyError
 from agent.reconcile import ApplyError, Look, Seams
 from agent.snapshot import Snapshot
 
@@ -19,6 +19,8 @@ from agent.snapshot import Snapshot
 PASSES = 3
 #: How often the kernel is asked whether it routes as is wanted, and seconds in between.
 ASKED, BETWEEN = 5, 0.2
+#: Seconds that a line of the history waits for whoever is at work.
+BRIEFLY = 1.0
 
 
 class PendingError(IdmarkError):
@@ -59,8 +61,8 @@ def nothing_pending(kernel: Seams) -> tuple[str, ...]:
     """
     found = trial.pending()
     if found and found.is_due(trial.clock() - trial.GRACE):
-        left = trial.take_back(found, kernel, found.reason)
-        return (f"policy {found.digest[:12]} was taken back first: {found.reason}", *left)
+        told = trial.take_back(found, kernel, found.reason)
+        return (f"policy {found.digest[:12]} was taken back first: {found.reason}", *told)
     if found:
         rest = max(0.0, found.deadline - trial.clock())
         words = f"policy {found.digest[:12]} waits for confirmation, {rest:.0f} more seconds"
@@ -71,7 +73,7 @@ def nothing_pending(kernel: Seams) -> tuple[str, ...]:
 def kept() -> Policy | None:
     """The policy that is to be in force now: the daemon's, or that of the last apply; None: none that can be read."""
     at_work = ledger.current()
-    for read in (state.load, _handed_over):
+    for read in (state.load, source.handed_over):
         try:
             policy = read()
         except PolicyError:
@@ -82,11 +84,6 @@ def kept() -> Policy | None:
         if at_work is None:
             break
     return None
-
-
-def _handed_over() -> Policy | None:
-    path = runtime.directory() / source.APPLIED
-    return load(path) if path.exists() else None
 
 
 def danger(seen: Look, before: Policy | None, kernel: Seams, down: Mapping[str, str] = NOBODY) -> str | None:
@@ -104,6 +101,16 @@ def refused(policy: Policy, seen: Look, verb: str, why: str) -> tuple[str, ...]:
         history.record(verb, policy, seen.plan, seen.desired, outcome=history.REFUSED, why=why)
     except IdmarkError as error:
         return (str(error),)
+    return ()
+
+
+def refused_at_the_door(error: PolicyError) -> tuple[str, ...]:
+    """Write down that a policy with faults was to be applied; what an operator should hear of besides. No lock held."""
+    try:
+        with runtime.lock("apply", BRIEFLY):
+            history.record_faults("apply", error)
+    except IdmarkError as failure:
+        return (str(failure),)
     return ()
 
 
@@ -129,21 +136,22 @@ def apply(
             if not left.steps:
                 break
         if order.recorded and changes and not left.steps:
-            left = _verify(policy, kernel, down)
+            left = verify(policy, kernel, down)
         # Before the lock is free: what has been applied is what a daemon keeps from now on.
         source.hand_over(policy)
         waiting = net.hold()
     except BaseException as error:  # also Ctrl-C and the like
-        words = net.catch(error, touched=changes > 0)
-        if isinstance(error, _DisagreesError):
-            raise ApplyError(f"the kernel does not route as is wanted:\n{error}\n{words}") from error
+        # A failed step has taken back those before it; Ctrl-C may have come when all were taken, and none counted.
+        words = net.catch(error, touched=changes > 0 or not isinstance(error, IdmarkError))
+        if isinstance(error, DisagreesError):
+            raise ApplyError(f"{error}\n{words}") from error
         raise
     notes = net.notes if waiting else (*net.notes, *_kept_over_boot(policy, order))
     return Applied(changes, left, waiting, notes)
 
 
-class _DisagreesError(IdmarkError):
-    """The kernel's own lookups are not what is wanted."""
+class DisagreesError(ApplyError):
+    """The kernel's own lookups are not what is wanted, once it is in force."""
 
 
 class _Net:
@@ -224,8 +232,8 @@ class _Net:
             self.notes = (*self.notes, str(error))
 
 
-def _verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
-    """Ask the kernel for its own routes; what differs again. Raises _DisagreesError, KernelError.
+def verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
+    """Ask the kernel for its own routes; what differs again. Raises DisagreesError, KernelError.
 
     Where something differs again nothing is proved against the policy: that is somebody's doing, and is told as such.
     """
@@ -238,7 +246,7 @@ def _verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
             return Plan(())
     left = reconcile.look(policy, kernel, down).plan
     if not left.steps:
-        raise _DisagreesError("\n".join(faults))
+        raise DisagreesError("\n".join(("the kernel does not route as is wanted:", *faults)))
     return left
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from agent import folder
 from agent.kernel import KernelError, runtime
 from agent.model import Count
 
@@ -53,12 +52,7 @@ class Carry:
     def load(self) -> None:
         """Go on from the file; without one from 0. Raises KernelError for one that can't be read: then also from 0."""
         try:
-            with folder.opened(self._path.parent) as place:
-                data = folder.got(place, self._path.name)
-            if data is not None:
-                self._known = {name: _carried(values) for name, values in json.loads(data).items()}
-        except FileNotFoundError:
-            return
+            self._known = {name: _carried(values) for name, values in runtime.read(self._path).items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise KernelError(f"read {self._path}", f"{error}; its counters begin again from 0") from error
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -169,15 +168,15 @@ def plan(args: argparse.Namespace) -> int:
     policy = _policy(args)
     with _kernel(args) as kernel:
         seen = look(policy, kernel, _down())
+        notes = (*seen.notes, *kernel.sysctls.notes)
     _host_faults(seen.desired.faults)
     steps = seen.plan.text
     if args.out:
         planfile.write(args.out, policy, seen.plan)
     if args.json:
-        notes = list(seen.notes)
-        print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": notes}, indent=1))
+        print(json.dumps({"changes": steps.splitlines(), "digest": seen.plan.digest, "notes": list(notes)}, indent=1))
     else:
-        _notes(seen.notes)
+        _notes(notes)
         print(steps, end="")
         print(f"# plan {seen.plan.digest}" if steps else "# in force: nothing to do")
     return DIFFERS if steps else OK
@@ -190,7 +189,7 @@ def apply(args: argparse.Namespace) -> int:
     from agent.kernel import runtime  # noqa: PLC0415
 
     reviewed = planfile.read(args.plan) if args.plan else None
-    policy = reviewed.policy if reviewed else None if args.approved else _policy(args)
+    policy = reviewed.policy if reviewed else None if args.approved else _wanted(args)
     with _kernel(args) as kernel, runtime.lock("apply"):
         policy = policy or _approved()
         if policy is None:
@@ -201,6 +200,20 @@ def apply(args: argparse.Namespace) -> int:
     return said.tell()
 
 
+def _wanted(args: argparse.Namespace) -> Policy:
+    """The policy to apply; one with faults was tried, and the history tells of it, too."""
+    from agent import applying  # noqa: PLC0415
+    from agent.policy import PolicyError  # noqa: PLC0415
+
+    try:
+        return _policy(args)
+    except PolicyError as error:
+        if _may_administer():
+            _kernel(args)
+            _notes(applying.refused_at_the_door(error))
+        raise
+
+
 def rollback(args: argparse.Namespace) -> int:
     """Back to the policy before, or to that of an apply with this number; or end what waits for confirmation."""
     from agent import applying, history, trial  # noqa: PLC0415
@@ -209,10 +222,10 @@ def rollback(args: argparse.Namespace) -> int:
     with _kernel(args) as kernel, runtime.lock("rollback"):
         waiting = trial.pending()
         if waiting and args.number is None:
-            left = trial.take_back(waiting, kernel, "rolled back")
-            _notes(f"could not be put back: {words}" for words in left)
+            told = trial.take_back(waiting, kernel, "rolled back")
+            _notes(told)
             print(f"policy {waiting.digest[:12]} is rolled back: what was in force before it is in force again")
-            return TROUBLE if left else OK
+            return TROUBLE if told else OK
         now = applying.kept()
         number = args.number
         entry = history.before(now.digest if now else "") if number is None else history.find(number)
@@ -260,7 +273,7 @@ def _apply(
         remedy = "--confirm-within 60s takes it back unless you confirm; --yes does it all the same"
         return _Said(DIFFERS, "", notes, f"{danger}; nothing was changed: {remedy}")
     done = applying.apply(policy, seen, before, kernel, down=down, order=order)
-    notes += (*seen.notes, *done.notes)
+    notes += (*seen.notes, *kernel.sysctls.notes, *done.notes)
     text = ""
     if done.waiting:
         text = f"waiting for: idmark confirm, within {order.within:g} seconds; else all goes back as it was\n"
@@ -304,7 +317,8 @@ def confirm(args: argparse.Namespace) -> int:
         if waiting.is_due(trial.clock()):
             _complain(f"too late: policy {waiting.digest[:12]} is being taken back")
             return DIFFERS
-        trial.confirm(waiting)
+        notes = trial.confirm(waiting)
+    _notes(notes)
     print(f"confirmed: policy {waiting.digest[:12]} stays in force")
     return OK
 
@@ -319,9 +333,12 @@ def history(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([history.plain(entry) for entry in found], indent=1))
     for entry in () if args.json else found:
-        what = f"{entry.verb} by {entry.user}: policy {entry.policy[:12]}, changes: {entry.changes}"
-        why = f": {entry.why.splitlines()[0]}" if entry.why else ""
-        print(f"{entry.number:>4}  {entry.when}  {what}, {entry.outcome}{why}")
+        policy = f"policy {entry.policy[:12]}" if entry.policy else "a policy with faults"
+        what = f"{entry.verb} by {entry.user}: {policy}, changes: {entry.changes}"
+        why = f": {' '.join(entry.why.splitlines()[:2])}" if entry.why else ""
+        line = f"{entry.number:>4}  {entry.when}  {what}, {entry.outcome}{why}"
+        # What stands in a file is for the reader, and not for the terminal.
+        print("".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in line))
     return OK
 
 
@@ -453,9 +470,12 @@ def remove(args: argparse.Namespace) -> int:
         gone = reconcile.remove(kernel)
         trial.forget()
         state.forget()
+        unknown = kernel.sysctls.notes
     print(gone.text, end="")
     print("removed" if gone.steps else "nothing of idmark's is here")
-    return OK
+    for words in unknown:
+        _complain(words)
+    return TROUBLE if unknown else OK
 
 
 def schema(args: argparse.Namespace) -> int:
@@ -487,11 +507,9 @@ def lab(args: argparse.Namespace) -> int:
 
 
 def _down() -> Mapping[str, str]:
-    """Who counts as down, by the word of the daemon at work."""
     from agent import ledger  # noqa: PLC0415
 
-    at_work = ledger.current()
-    return at_work.down if at_work else {}
+    return ledger.down()
 
 
 def _approved() -> Policy | None:
@@ -536,13 +554,18 @@ def _host_faults(faults: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put a file in the place of the old one: a full disk leaves the old one whole."""
-    new = path.with_name(f".{path.name}.new")
+    """Put a file in the place of the old one: a full disk leaves the old one whole. Nothing but a file is replaced."""
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        if path.exists() and not path.is_file():  # a pipe, /dev/null
+            path.write_text(text, encoding="utf-8")
+            return
+        new = path.with_name(f".{path.name}.new")
+        try:
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise UsageError(f"write {path}: {error.strerror}") from error
 
 
@@ -613,7 +636,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 in force or nothing found, 1 differs or something found, 2 trouble; "
         "128 and the number of the signal that ended it.",
     )
-    parser.add_argument("--version", action="version", version=f"idmark {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parser.add_argument(
         "-c", "--policy", type=Path, default=DEFAULT_POLICY, metavar="POLICY", help=f"the policy ({DEFAULT_POLICY})"
     )
@@ -706,5 +729,12 @@ def _duration(text: str) -> float:
 _UNITS, _LONGEST = {"s": 1, "m": 60, "h": 3600}, 24 * 3600
 
 
-def _version() -> str:
-    return metadata.version("idmark")
+class _Version(argparse.Action):
+    """What is installed is only looked up where somebody asks: that takes as long as all other verbs' words."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object, **options: object) -> NoReturn:
+        from importlib import metadata  # noqa: PLC0415
+
+        del args, options
+        print(f"idmark {metadata.version('idmark')}")
+        parser.exit()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from agent import IdmarkError, history, state, trial
+from agent.applying import DisagreesError
 from agent.keeper import Keeper
 from agent.kernel import KernelError, runtime
 from agent.kernel.wake import Wake
@@ -17,6 +18,7 @@ from agent.notify import Notify
 from agent.policy import PolicyError
 from agent.reconcile import ApplyError, HostError, Look
 from agent.source import Source
+from agent.state import StateError
 
 #: Signals that the daemon lives by.
 RELOAD, STOP = signal.SIGHUP, frozenset({signal.SIGTERM, signal.SIGINT})
@@ -33,6 +35,8 @@ REST, REST_LAST = 4.0, 1.0
 PATIENCE, BUSY, BUSY_LONG = 1.0, 0.05, 1.0
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
 HEALTHY = 300.0
+#: What becomes of a policy, for the history; it has failed by all other errors.
+OUTCOMES: Mapping[type[Exception], str] = {HostError: history.REFUSED, DisagreesError: history.ROLLED_BACK}
 
 
 class UnwantedError(IdmarkError):
@@ -68,6 +72,8 @@ class Daemon:
         self._deaf = 0.0
         self._moved = True
         self._trouble = self._refusal = ""
+        # Records of the other verbs that can't be read, in words.
+        self._damaged: list[str] = []
         # A policy that was read and could not be put in force yet, and when that is tried again.
         self._wanted: Policy | None = None
         self._wanted_due = 0.0
@@ -107,13 +113,16 @@ class Daemon:
         """The policy on trial, if there is one; the file's; or the one that was in force last, if the file has faults,
         was changed before that, or holds what was taken back.
         """
-        on_trial = trial.pending()
-        if on_trial:
-            self._log.info("policy %s waits for confirmation: it is kept meanwhile", on_trial.digest[:12])
-            return trial.policy_of(on_trial)
+        try:
+            on_trial = trial.pending()
+            if on_trial:
+                self._log.info("policy %s waits for confirmation: it is kept meanwhile", on_trial.digest[:12])
+                return trial.policy_of(on_trial)
+        except trial.DamagedError:  # the first pass tells of it; and it was refused before it was tried
+            pass
         try:
             policy = self._unless_refused(self._source.read())
-        except (PolicyError, UnwantedError) as error:
+        except (PolicyError, UnwantedError, StateError) as error:
             self._refused(error)
             kept = state.load()
             if kept is None:
@@ -167,6 +176,9 @@ class Daemon:
         self._notify.reloading()
         try:
             self._change(self._unless_refused(self._source.read()))
+        except PolicyError as error:
+            self._refused(error)
+            self._record_faults(error)
         except IdmarkError as error:
             self._refused(error)
         self._notify.ready()
@@ -189,6 +201,8 @@ class Daemon:
                     self._put_in_force(policy)
                     self._save()
                 self._due = 0.0  # to see that all is as it should be
+        except DisagreesError as error:  # with every other try it would be in force for a moment
+            self._refused(error)
         except IdmarkError as error:
             if str(error) != self._refusal:
                 self._refused(error)
@@ -203,7 +217,7 @@ class Daemon:
         try:
             look = self._keeper.change(policy)
         except (HostError, ApplyError) as error:
-            outcome = history.REFUSED if isinstance(error, HostError) else history.FAILED
+            outcome = OUTCOMES.get(type(error), history.FAILED)
             self._record("reload", policy, outcome=outcome, why=str(error))
             raise
         self._record("reload", policy, look, outcome=history.IN_FORCE)
@@ -214,6 +228,13 @@ class Daemon:
             history.record(verb, policy, plan, desired, outcome=outcome, why=why)
         except IdmarkError as error:
             self._log.warning("%s", error)
+
+    def _record_faults(self, error: PolicyError) -> None:
+        try:
+            with runtime.lock("run", PATIENCE):
+                history.record_faults("reload", error)
+        except IdmarkError as failure:
+            self._log.warning("%s", failure)
 
     def _remember(self) -> None:
         """A policy that came into force by the daemon's start."""
@@ -253,9 +274,7 @@ class Daemon:
         self._deaf = 0.0
         try:
             with runtime.lock("run", 0.0):
-                self._keeper.take_back()
-                self._take_over()
-                self._let_be()
+                self._see_to_records()
                 found = self._keeper.keep(moved=self._moved)
                 if not self._ready and found.usable:
                     self._save()
@@ -287,6 +306,19 @@ class Daemon:
         if not self._ready:
             self._ready = True
             self._notify.ready()
+
+    def _see_to_records(self) -> None:
+        """Do what other verbs have left to be done; one record that is damaged keeps nothing else from its place."""
+        damaged = []
+        for see_to in (self._keeper.take_back, self._take_over, self._let_be):
+            try:
+                see_to()
+            except (trial.DamagedError, StateError) as error:
+                damaged.append(str(error))
+        for words in dict.fromkeys(damaged):
+            if words not in self._damaged:
+                self._log.error("%s", words)
+        self._damaged = damaged
 
     def _take_over(self) -> None:
         """Keep what another verb has put in force since; it had the lock until then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 from agent import IdmarkError
 from agent.kernel.rtnl import CONNECTED, Rtnl
-from agent.kernel.sysctl import Sysctls
+from agent.kernel.sysctl import Sysctls, index_of
 from agent.model import Facts, Family, Link, Policy, Prefix, Route
+
+#: How often links are looked at, while they are renamed or made anew in the midst of it.
+ATTEMPTS = 3
 
 
 class FactsError(IdmarkError):
@@ -24,7 +28,7 @@ def take(policy: Policy, rtnl: Rtnl, sysctls: Sysctls) -> Facts:
     Raises KernelError.
     """
     own = {identity.link for identity in policy.identities}
-    links = tuple(_with_sysctls(link, sysctls) if link.name in own else link for link in rtnl.links())
+    links = _links(own, rtnl, sysctls)
     there = {link.name for link in links}
     routes: set[Route] = set()
     for family in Family:
@@ -37,6 +41,17 @@ def take(policy: Policy, rtnl: Rtnl, sysctls: Sysctls) -> Facts:
             for link in there & set(policy.downstream):
                 routes.update(rtnl.main_routes(family, link=link))
     return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))))
+
+
+def _links(own: Collection[str], rtnl: Rtnl, sysctls: Sysctls) -> tuple[Link, ...]:
+    """All links; those of `own` with their sysctls, which go by the link's name: one that is another by then, or none,
+    would seem to have none set. A host that never stands still is taken as it was seen last.
+    """
+    for _attempt in range(ATTEMPTS):
+        links = tuple(_with_sysctls(link, sysctls) if link.name in own else link for link in rtnl.links())
+        if all(index_of(link.name) == link.index for link in links if link.name in own):
+            break
+    return links
 
 
 def _with_sysctls(link: Link, sysctls: Sysctls) -> Link:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-#: The largest file that is read, in bytes.
-LIMIT = 64 << 20
+#: The largest file that is written or read, in bytes: two policies of a million prefixes each, as JSON has them.
+LIMIT = 256 << 20
 
 
 @contextmanager
@@ -67,7 +67,12 @@ def _hand_over(descriptor: int, folder: int) -> None:
 
 
 def put(folder: int, name: str, data: bytes, mode: int, *, durable: bool) -> None:
-    """Put a file in the place of the old one, in one step; `durable`: it is on disk when this returns."""
+    """Put a file in the place of the old one, in one step; `durable`: it is on disk when this returns.
+
+    What could not be read again is refused (EFBIG): the way back may be in it.
+    """
+    if len(data) > LIMIT:
+        raise _too_large()
     with _new(folder, name, mode) as (file, new):
         _write(file, data)
         if durable:
@@ -109,8 +114,12 @@ def got(folder: int, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     if len(data) > LIMIT:
-        raise OSError(errno.EFBIG, f"it is larger than {LIMIT >> 20} MiB")
+        raise _too_large()
     return data
+
+
+def _too_large() -> OSError:
+    return OSError(errno.EFBIG, f"it is larger than {LIMIT >> 20} MiB")
 
 
 @contextmanager

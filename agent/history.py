@@ -1,8 +1,9 @@
 """What was applied here: when, by whom, what it was and what became of it. Readable files, a bounded number.
 
 In the state directory, `history/`: for the apply with number 12 `0012.policy.toml`, `0012.plan.txt`,
-`0012.ruleset.nft`, `0012.routing.txt`, and `0012.json` about it, which is written last and deleted first: without it
-the others are nothing. Whoever writes holds the namespace's lock.
+`0012.ruleset.nft`, `0012.routing.txt` (`0012.faults.txt` alone for a policy that was refused at the door), and
+`0012.json` about it, which is written last and deleted first: without it the others are nothing. Whoever writes holds
+the namespace's lock.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from agent import folder, render, session, state
 from agent.desired import Desired
 from agent.model import Policy
 from agent.plan import Plan
-from agent.policy import load
+from agent.policy import PolicyError, load
 from agent.state import StateError
 
 #: How many applies are kept, and how many bytes of them at most; the last two are kept whatever their size.
@@ -38,6 +39,10 @@ IN_FORCE, WAITING, REFUSED, FAILED, ROLLED_BACK, CUT_SHORT = (
     "rolled back",
     "cut short",
 )
+
+#: What JSON has for each type of an entry's fields; and the end of all times that can be printed (some 34,000 years).
+TYPES: Mapping[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+LAST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +82,53 @@ def record(
 
     The same refusal twice is written down once.
     """
-    known = entries()
-    entry = Entry(
-        number=known[-1].number + 1 if known else 1,
-        at=time.time(),
-        user=session.user(),
-        verb=verb,
-        gateway=policy.gateway,
-        policy=policy.digest,
-        plan=plan.digest if plan else "",
-        changes=len(plan.steps) if plan else 0,
-        outcome=outcome,
-        why=why,
-    )
-    if known and outcome in (REFUSED, FAILED) and replace(entry, number=known[-1].number, at=known[-1].at) == known[-1]:
-        return known[-1]
     texts = {POLICY: state.text(policy)}
     if plan:
         texts["plan.txt"] = plan.text
     if desired:
         texts |= render.files(desired)
+    return _record(
+        Entry(
+            number=_last() + 1,
+            at=time.time(),
+            user=session.user(),
+            verb=verb,
+            gateway=policy.gateway,
+            policy=policy.digest,
+            plan=plan.digest if plan else "",
+            changes=len(plan.steps) if plan else 0,
+            outcome=outcome,
+            why=why,
+        ),
+        texts,
+    )
+
+
+def record_faults(verb: str, error: PolicyError) -> Entry:
+    """Write down that a policy was refused at the door, with every fault in `faults.txt`; it has no digest.
+
+    Raises StateError. The same refusal twice is written down once.
+    """
+    entry = Entry(
+        number=_last() + 1,
+        at=time.time(),
+        user=session.user(),
+        verb=verb,
+        gateway="",
+        policy="",
+        plan="",
+        changes=0,
+        outcome=REFUSED,
+        why="\n".join(error.lines()[:2]),
+    )
+    return _record(entry, {"faults.txt": "".join(f"{line}\n" for line in error.lines())})
+
+
+def _record(entry: Entry, texts: Mapping[str, str]) -> Entry:
+    known = entries()
+    last = replace(entry, number=known[-1].number, at=known[-1].at) if known else None
+    if known and entry.outcome in (REFUSED, FAILED) and last == known[-1]:
+        return known[-1]
     _write(entry, texts)
     _prune([*known, entry])
     return entry
@@ -112,18 +144,28 @@ def ended(entry: Entry, outcome: str, why: str = "") -> Entry:
 def entries() -> list[Entry]:
     """The applies that are kept, the oldest first. Raises StateError."""
     path = _path()
-    found = []
+    found: list[Entry | None] = []
     try:
         with folder.opened(*_place()) as place:
             for name in sorted(os.listdir(place), key=_number):
                 if name.endswith(f".{ABOUT}") and _number(name):
-                    with suppress(ValueError, TypeError, RecursionError):  # of another version of the agent
-                        found.append(Entry(**json.loads(folder.got(place, name) or b"{}")))
+                    with suppress(OSError):  # nobody's file of ours: a pipe, a link
+                        found.append(_entry(_number(name), folder.got(place, name) or b""))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StateError(f"read {path}: {error.strerror or error}") from error
-    return found
+    return [entry for entry in found if entry]
+
+
+def _entry(number: int, data: bytes) -> Entry | None:
+    """The apply that a file is about; None: it is damaged, or of another version of the agent."""
+    try:
+        entry = Entry(**json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    typed = all(isinstance(getattr(entry, each.name), TYPES[str(each.type)]) for each in fields(entry))
+    return entry if typed and entry.number == number and 0 <= entry.at < LAST else None
 
 
 def find(number: int) -> Entry | None:
@@ -156,6 +198,17 @@ def _write(entry: Entry, texts: Mapping[str, str]) -> None:
         raise StateError(f"write down the apply in {_path()}: {error.strerror or error}") from error
 
 
+def _last() -> int:
+    """The highest number that is taken, also by what can't be read; 0: none. Raises StateError."""
+    try:
+        with folder.opened(*_place()) as place:
+            return max((_number(name) for name in os.listdir(place) if name.endswith(f".{ABOUT}")), default=0)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StateError(f"read {_path()}: {error.strerror or error}") from error
+
+
 def _prune(known: list[Entry]) -> None:
     """Forget the oldest, so that it does not grow for ever; and what a crash left without its head."""
     try:
@@ -175,14 +228,15 @@ def _prune(known: list[Entry]) -> None:
                 kept.append(entry.number)
             for number in names.keys() - set(kept):
                 for name in sorted(names[number], key=lambda name: not name.endswith(f".{ABOUT}")):
-                    os.unlink(name, dir_fd=place)
+                    with suppress(IsADirectoryError):  # nothing of ours
+                        os.unlink(name, dir_fd=place)
     except OSError as error:
         raise StateError(f"forget old applies in {_path()}: {error.strerror or error}") from error
 
 
 def _number(name: str) -> int:
     """The number of the apply that a file belongs to; 0: none."""
-    match = re.match(r"(\d{4,})\.", name)
+    match = re.match(r"(\d{4,9})\.", name, re.ASCII)
     return int(match[1]) if match else 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agent import reconcile, trial
+from agent.applying import DisagreesError, verify
 from agent.chronicle import Chronicle, in_short
 from agent.desired import Desired, roads_changed
 from agent.flows import flows_of
@@ -70,11 +71,17 @@ class Keeper:
     def change(self, policy: Policy) -> Look:
         """Put another policy in force and keep it; or the old one as it was, if that can't be. The look before.
 
-        Raises HostError, ApplyError and KernelError.
+        Raises HostError, DisagreesError where the kernel does not route as is wanted then, ApplyError and KernelError.
         """
-        look = reconcile.look(policy, self._kernel, self._prober.down)
+        down = self._prober.down
+        look = reconcile.look(policy, self._kernel, down)
         HostError.check(look.desired)
         reconcile.apply(look.plan, self._kernel)
+        try:
+            verify(policy, self._kernel, down)
+        except DisagreesError as error:
+            reconcile.apply(reconcile.look(self.policy, self._kernel, down).plan, self._kernel)
+            raise DisagreesError(f"{error}\nwhat was in force before is in force again") from error
         self.take(policy)
         self._log.info("policy %s is in force: %s", policy.digest[:12], in_short(look.plan.steps) or "no change")
         return look
@@ -85,7 +92,7 @@ class Keeper:
         if found and found.is_due(trial.clock() - trial.GRACE):
             self._log.warning("policy %s is taken back: %s", found.digest[:12], found.reason)
             for words in trial.take_back(found, self._kernel, found.reason):
-                self._log.error("could not be put back: %s", words)
+                self._log.error("%s", words)
 
     def keep(self, *, moved: bool) -> Pass:
         """One pass. `moved`: links or addresses did, which takes routes along, and that is nobody's fault.
@@ -101,7 +108,7 @@ class Keeper:
         complete = len(mended.taken) == len(look.plan.steps)
         self._metrics.passed(time.monotonic() - began, complete)
         self._report(mended.taken, look.desired, moved=moved)
-        self._chronicle.noted(look.desired.faults, (*look.notes, *mended.refused))
+        self._chronicle.noted(look.desired.faults, (*look.notes, *self._kernel.sysctls.notes, *mended.refused))
         if complete:
             self._forget_flows(look.desired)
             self._roads = look.desired

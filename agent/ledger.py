@@ -85,3 +85,9 @@ def left() -> Ledger | None:
 def current() -> Ledger | None:
     """The ledger of the daemon that is at work in this namespace; None while there is none. Raises KernelError."""
     return left() if runtime.daemon_pid() is not None else None
+
+
+def down() -> Mapping[str, str]:
+    """Who counts as down, and why, by the word of the daemon at work; nobody without one. Raises KernelError."""
+    at_work = current()
+    return at_work.down if at_work else {}

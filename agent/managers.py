@@ -99,8 +99,11 @@ def _is_masked(path: Path) -> bool:
 
 
 def _read(path: Path) -> str:
+    """Its text; a link that leads nowhere says nothing, and nor does what has gone meanwhile."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         raise SettingsError(f"read {path}: {error.strerror}") from error
 

@@ -24,6 +24,7 @@ class Notify:
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._status = ""
         self._deaf = False
+        self._alive_at = -math.inf
         #: How often `watchdog` is to be said, in seconds: twice as often as the manager waits for it.
         self.interval = (watchdog_seconds(environment) or math.inf) / 2
 
@@ -48,8 +49,11 @@ class Notify:
             self._send(f"STATUS={line}")
 
     def watchdog(self) -> None:
-        """Still alive."""
-        if self.interval < math.inf:
+        """Still alive; may be said at any time, and is passed on as often as it has to be."""
+        now = time.monotonic()
+        # Asked once within the interval: so it is never later than the manager waits.
+        if self.interval < math.inf and now - self._alive_at >= self.interval / 2:
+            self._alive_at = now
             self._send("WATCHDOG=1")
 
     def _send(self, *assignments: str) -> None:

@@ -20,7 +20,17 @@ Stamp = tuple[int, int, int] | None
 
 def hand_over(policy: Policy) -> None:
     """Leave a policy to the daemon of this namespace. Raises KernelError."""
-    runtime.leave(runtime.directory() / APPLIED, state.text(policy))
+    runtime.leave(_place(), state.text(policy))
+
+
+def handed_over() -> Policy | None:
+    """What was left last by `hand_over` since boot; None: nothing was. Raises PolicyError, KernelError."""
+    path = _place()
+    return load(path) if path.exists() else None
+
+
+def _place() -> Path:
+    return runtime.directory() / APPLIED
 
 
 class Source:
@@ -30,7 +40,8 @@ class Source:
         self.path = path
         self._files: tuple[str, ...] = (str(path),)
         self._read = self._seen = _stamps(self._files)
-        self._applied = _stamp(runtime.directory() / APPLIED)
+        self._place = _place()  # once: what namespace this is costs the kernel a socket
+        self._applied = _stamp(self._place)
 
     def read(self) -> Policy:
         """The policy that the file holds now. Raises PolicyError, with every fault that there is."""
@@ -54,16 +65,15 @@ class Source:
 
     def handed_over(self) -> Policy | None:
         """What was left by another's `hand_over` since the last question. Raises PolicyError."""
-        path = runtime.directory() / APPLIED
-        stamp = _stamp(path)
+        stamp = _stamp(self._place)
         if stamp in (self._applied, None):
             return None
         self._applied = stamp
-        return load(path)
+        return load(self._place)
 
     def is_handed_over(self) -> bool:
         """Whether `handed_over` has something to tell."""
-        return _stamp(runtime.directory() / APPLIED) not in (self._applied, None)
+        return _stamp(self._place) not in (self._applied, None)
 
     @property
     def changed_at(self) -> float:

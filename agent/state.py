@@ -34,19 +34,12 @@ class StateError(IdmarkError):
 
 def save(policy: Policy) -> None:
     """Keep a policy as the one in force; it is on disk when this returns. Raises StateError."""
-    base, name = place()
-    path = base / (name or "") / NAME
-    try:
-        with folder.made(base, 0o750, name, 0o750) as where:
-            folder.put(where, NAME, text(policy).encode(), 0o640, durable=True)
-    except OSError as error:
-        raise StateError(f"keep the policy for the next boot in {path}: {error.strerror or error}") from error
+    _put(NAME, text(policy), "keep the policy for the next boot in {}")
 
 
 def load() -> Policy | None:
     """The policy that was kept last; None: none was yet. Raises PolicyError for one that the door no longer lets in."""
-    base, name = place()
-    path = base / (name or "") / NAME
+    path = _path(NAME)
     try:
         found = path.exists()
     except OSError as error:
@@ -56,8 +49,7 @@ def load() -> Policy | None:
 
 def saved_at() -> float | None:
     """When a policy was kept last, in seconds since 1970; None: none is. Raises StateError."""
-    base, name = place()
-    path = base / (name or "") / NAME
+    path = _path(NAME)
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -68,13 +60,13 @@ def saved_at() -> float | None:
 
 def forget() -> None:
     """Nothing is in force any more, and nothing shall be at the next boot. Raises StateError."""
-    base, name = place()
-    path = base / (name or "") / NAME
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StateError(f"forget the policy of last time in {path}: {error.strerror}") from error
+    drop()
     forgive()
+
+
+def drop() -> None:
+    """No policy is kept for the next boot. Raises StateError."""
+    _delete(NAME, "forget the policy of last time in {}")
 
 
 # --- the policy that is not wanted ------------------------------------------------------------------------------------
@@ -85,20 +77,13 @@ def refuse(digest: str, why: str) -> None:
 
     It is on disk when this returns: a policy that nobody has confirmed must not come up at the next boot.
     """
-    base, name = place()
-    path = base / (name or "") / REFUSED
     record = json.dumps({"policy": digest, "why": why}, indent=1) + "\n"
-    try:
-        with folder.made(base, 0o750, name, 0o750) as where:
-            folder.put(where, REFUSED, record.encode(), 0o640, durable=True)
-    except OSError as error:
-        raise StateError(f"write down in {path} which policy is not wanted: {error.strerror or error}") from error
+    _put(REFUSED, record, "write down in {} which policy is not wanted")
 
 
 def refused() -> tuple[str, str]:
     """The digest of the policy that is not wanted, and why; both empty if there is none. Raises StateError."""
     base, name = place()
-    path = base / (name or "") / REFUSED
     try:
         with folder.opened(base, name) as where:
             data = folder.got(where, REFUSED)
@@ -107,17 +92,38 @@ def refused() -> tuple[str, str]:
     except FileNotFoundError:
         return "", ""
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise StateError(f"read {path}: {error}; delete it if every policy is wanted") from error
+        raise StateError(f"read {_path(REFUSED)}: {error}; delete it if every policy is wanted") from error
 
 
 def forgive() -> None:
     """Every policy is wanted again. Raises StateError."""
+    _delete(REFUSED, "forget in {} which policy is not wanted")
+
+
+# --- where it is kept -------------------------------------------------------------------------------------------------
+
+
+def _put(file: str, content: str, doing: str) -> None:
+    """Write one of the files, on disk when this returns. Raises StateError, with what was being done to {}."""
     base, name = place()
-    path = base / (name or "") / REFUSED
+    try:
+        with folder.made(base, 0o750, name, 0o750) as where:
+            folder.put(where, file, content.encode(), 0o640, durable=True)
+    except OSError as error:
+        raise StateError(f"{doing.format(_path(file))}: {error.strerror or error}") from error
+
+
+def _delete(file: str, doing: str) -> None:
+    path = _path(file)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise StateError(f"forget in {path} which policy is not wanted: {error.strerror}") from error
+        raise StateError(f"{doing.format(path)}: {error.strerror}") from error
+
+
+def _path(file: str) -> Path:
+    base, name = place()
+    return base / (name or "") / file
 
 
 def place() -> tuple[Path, str | None]:

@@ -7,6 +7,7 @@ what has to outlast one, that this policy is not wanted, is in the state directo
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,8 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent import history, ledger, snapshot, source, state
-from agent.desired import NOBODY
+from agent import IdmarkError, history, ledger, snapshot, source, state
 from agent.kernel import KernelError, runtime
 from agent.model import Policy
 from agent.policy import parse
@@ -28,6 +28,10 @@ NAME, CONTENTS = "trial.json", "trial-contents.json"
 APPLYING, WAITING = "applying", "waiting"
 #: Seconds that the daemon leaves to the watchman, whose job it is.
 GRACE = 1.0
+
+
+class DamagedError(KernelError):
+    """What is written down about the policy on trial can't be read; the text says the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +66,35 @@ def clock() -> float:
 
 
 def pending() -> Trial | None:
-    """The policy on trial in this namespace; None: there is none. Raises KernelError."""
-    found: Mapping[str, Any] = runtime.published(NAME)
-    if not found:
-        return None
+    """The policy on trial in this namespace; None: there is none. Raises DamagedError."""
     try:
-        return Trial(**found)
-    except TypeError as error:
-        raise _unreadable(NAME, error) from error
+        found: Mapping[str, Any] = runtime.published(NAME)
+        if not found:
+            return None
+        trial = Trial(**found)
+        if not isinstance(trial.digest, str) or not math.isfinite(trial.within + trial.deadline):
+            raise ValueError("it is not about a trial")
+    except (KernelError, TypeError, ValueError) as error:
+        raise _damaged(NAME, error) from error
+    return trial
 
 
 def contents(trial: Trial) -> tuple[str, Snapshot]:
-    """The text of the policy on trial, and what to go back to. Raises KernelError."""
-    found: Mapping[str, Any] = runtime.published(CONTENTS)
+    """The text of the policy on trial, and what to go back to. Raises DamagedError."""
     try:
+        found: Mapping[str, Any] = runtime.published(CONTENTS)
         if found["trial"] != trial.id:
             raise ValueError(f"it is about trial {found['trial']}, not {trial.id}")
         return str(found["policy"]), Snapshot.of(found["before"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise _unreadable(CONTENTS, error) from error
+    except (KernelError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(CONTENTS, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> KernelError:
-    path = runtime.directory() / name
-    return KernelError(f"read {path}", f"{error!r}; idmark remove forgets it, and takes away all that is in force")
+def _damaged(name: str, error: Exception) -> DamagedError:
+    place = runtime.directory()
+    why = error.why if isinstance(error, KernelError) else repr(error)
+    remedy = f"delete {place / NAME} and apply what is to stay; or idmark remove, which takes away all that is in force"
+    return DamagedError(f"read {place / name}", f"{why}; {remedy}")
 
 
 def begin(policy: Policy, before: Snapshot, within: float, *, number: int, unwanted: str = "") -> Trial:
@@ -122,37 +131,59 @@ def policy_of(trial: Trial) -> Policy:
     return parse(contents(trial)[0], Path(source.APPLIED))
 
 
-def confirm(trial: Trial) -> None:
-    """It stays. Raises StateError, KernelError."""
+def confirm(trial: Trial) -> tuple[str, ...]:
+    """It stays; what could not be written down of that, in words.
+
+    Raises StateError where the next boot would not have it, and KernelError: then it is on trial still.
+    """
     state.save(policy_of(trial))
     if trial.unwanted:
         state.refuse(trial.unwanted, "it was rolled back")
     else:
         state.forgive()
-    end(trial.number, history.IN_FORCE, "confirmed")
     forget()
+    return _end(trial, history.IN_FORCE, "confirmed")
 
 
-def take_back(trial: Trial, kernel: Seams, why: str) -> list[str]:
-    """All goes back to what was before, and stays with the daemon; what could not be, in words. Raises KernelError.
+def take_back(trial: Trial, kernel: Seams, why: str) -> tuple[str, ...]:
+    """All goes back to what was before, and stays with the daemon. Raises KernelError.
 
-    Whoever is killed in the midst of it leaves it to be done again.
+    What could not be put back, or written down, is told, each a sentence. Whoever is killed in the midst of it leaves
+    it to be done again.
     """
-    at_work = ledger.current()
+    down = ledger.down()
     _, before = contents(trial)
-    left = snapshot.restore(before, kernel, at_work.down if at_work else NOBODY)
-    if before.policy:
-        source.hand_over(parse(before.policy, Path(state.NAME)))
-    words = "; ".join([why, *(f"could not be put back: {each}" for each in left)])
+    left = [f"could not be put back: {each}" for each in snapshot.restore(before, kernel, down)]
+    kept = parse(before.policy, Path(state.NAME)) if before.policy else None
+    if kept:
+        source.hand_over(kept)
+    told = (*left, *_not_kept(trial, kept, why), *_end(trial, history.ROLLED_BACK, "; ".join([why, *left])))
+    forget()
+    return told
+
+
+def _not_kept(trial: Trial, before: Policy | None, why: str) -> tuple[str, ...]:
+    """A confirmation that was cut short may have kept it for the next boot already. What is in the way, in words."""
     try:
-        end(trial.number, history.ROLLED_BACK, words)
-    finally:
-        forget()
-    return left
+        saved = state.load()
+        if saved is None or saved.digest != trial.digest or (before and before.digest == trial.digest):
+            return ()
+        state.refuse(trial.digest, why)
+        if before:
+            state.save(before)
+        else:
+            state.drop()
+    except IdmarkError as error:
+        return (str(error),)
+    return ()
 
 
-def end(number: int, outcome: str, why: str) -> None:
-    """Write into the history what became of an apply. Raises StateError."""
-    entry = history.find(number)
-    if entry:
-        history.ended(entry, outcome, why)
+def _end(trial: Trial, outcome: str, why: str) -> tuple[str, ...]:
+    """Write into the history what became of the apply. What is in the way, in words: it changes nothing else."""
+    try:
+        entry = history.find(trial.number)
+        if entry:
+            history.ended(entry, outcome, why)
+    except state.StateError as error:
+        return (str(error),)
+    return ()

@@ -97,7 +97,8 @@ def watch(watched: str, kernel: Seams) -> None:
                 if found is None or found.id != watched:
                     return
                 if found.is_due(trial.clock()):
-                    trial.take_back(found, kernel, found.reason)
+                    for words in trial.take_back(found, kernel, found.reason):
+                        _tell(words)
         except runtime.BusyError:
             continue
         except (IdmarkError, OSError) as error:

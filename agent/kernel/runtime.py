@@ -121,7 +121,7 @@ def _made(path: Path) -> AbstractContextManager[int]:
     return folder.made(path.parent, 0o755, path.name, 0o700)
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
     """What a JSON file says; an empty record while there is none. Raises OSError, ValueError or RecursionError."""
     try:
         with folder.opened(path.parent.parent, path.parent.name) as place:
@@ -161,7 +161,7 @@ def published(name: str) -> dict[str, Any]:
     """What was published under that name; empty if nothing was since boot. Raises KernelError."""
     path = directory() / name
     try:
-        value = _read(path)
+        value = read(path)
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -172,7 +172,7 @@ def published(name: str) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, int]:
     """A record of name: number from 1; empty while there is none. Raises KernelError for one that can't be read."""
     try:
-        record = _read(path)
+        record = read(path)
     except (OSError, ValueError, RecursionError) as error:
         raise KernelError(f"read {path}", f"{_why(error)}; {REMEDY}") from error
     if not isinstance(record, dict) or not all(type(value) is int and 0 < value < 1 << 31 for value in record.values()):

@@ -18,10 +18,14 @@ CONF = Path("/proc/sys/net/ipv4/conf")
 
 
 class Sysctls:
-    """The sysctls of this namespace. `record` is where it is kept which links we changed. Methods raise KernelError."""
+    """The sysctls of this namespace. `record` is where it is kept which links we changed. Methods raise KernelError.
+
+    `notes` are what an operator should hear of since `ours` was asked last.
+    """
 
     def __init__(self, record: Path) -> None:
         self._record = record
+        self.notes: tuple[str, ...] = ()
 
     def rp_filter(self, link: str) -> int:
         """The value that takes effect: the larger of `all` and the link's; 1 is strict (ip-sysctl.rst)."""
@@ -32,12 +36,22 @@ class Sysctls:
         return bool(self._read("all", "src_valid_mark") or self._read(link, "src_valid_mark"))
 
     def ours(self) -> frozenset[str]:
-        """The links on which it is we who set src_valid_mark, as they are named now; none that was re-created since."""
-        return frozenset(filter(None, map(_name, read_record(self._record).values())))
+        """The links on which it is we who set src_valid_mark, as they are named now; none that was re-created since.
+
+        A record that can't be read is no reason to leave rules and routes as they are: then none is ours to restore,
+        `notes` says so, and nothing is written over it.
+        """
+        try:
+            record = read_record(self._record)
+        except KernelError as error:
+            self.notes = (str(error),)
+            return frozenset()
+        self.notes = ()
+        return frozenset(filter(None, map(_name, record.values())))
 
     def set_src_valid_mark(self, link: str) -> None:
         """Set it. The record is written first: a crash in between gives back too much, never too little."""
-        index = _index(link)
+        index = index_of(link)
         if index is None:
             raise KernelError(f"set src_valid_mark on {link}", "no such link")
         write_record(self._record, read_record(self._record) | {link: index})
@@ -45,7 +59,7 @@ class Sysctls:
 
     def restore_src_valid_mark(self, link: str) -> None:
         """Clear it where we had set it."""
-        record, index = read_record(self._record), _index(link)
+        record, index = read_record(self._record), index_of(link)
         if index in record.values():
             self._write(link, "0")
         # Renamed or not, a link keeps its index.
@@ -68,7 +82,8 @@ class Sysctls:
             raise KernelError(f"write {value} to {path}", os.strerror(error.errno or 0)) from error
 
 
-def _index(link: str) -> int | None:
+def index_of(link: str) -> int | None:
+    """The number of the link with this name, in this thread's namespace; None: there is none."""
     try:
         return socket.if_nametoindex(link)
     except OSError:

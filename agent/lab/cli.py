@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from agent.lab.net import HOSTS
-
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -21,7 +19,7 @@ def add_parser(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     for parser in (demo, up):
         parser.add_argument("--vpn", default="wireguard", help="wireguard (the default) or openvpn")
     shell = words.add_parser("shell", help="a shell, or a command, on a host of the lab that is up")
-    shell.add_argument("host", metavar="HOST", help=", ".join(HOSTS))
+    shell.add_argument("host", metavar="HOST", help="wild, isp, gw, corp, chost or lan")
     shell.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="run this instead of a shell")
     words.add_parser("down", help="end the lab that is up; nothing is left behind")
 

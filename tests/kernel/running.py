@@ -18,7 +18,6 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import ledger, reconcile
-from agent.desired import NOBODY
 from agent.model import Lookup, parse_address
 from agent.plan import Plan
 from agent.policy import load
@@ -157,8 +156,7 @@ class Site:
 
     def plan(self, file: Path | None = None) -> Plan:
         """What there is to do for a file's policy, its own as a rule, with the identities down that the daemon says."""
-        at_work = ledger.current()
-        return reconcile.look(load(file or self.admin.file), self.kernel, at_work.down if at_work else NOBODY).plan
+        return reconcile.look(load(file or self.admin.file), self.kernel, ledger.down()).plan
 
     def in_force(self, file: Path | None = None) -> bool:
         """Whether there is nothing to do."""

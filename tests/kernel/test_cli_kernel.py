@@ -198,15 +198,23 @@ def test_a_link_whose_name_is_no_text(admin: Admin) -> None:
     ids=["list", "negative", "boolean", "huge", "deep", "cut-short"],
 )
 def test_a_record_that_cannot_be_read(admin: Admin, record: str) -> None:
-    """What was recorded of sysctls and can't be read is told with its file and what to do about it."""
+    """What was recorded of sysctls and can't be read is told with its file and what to do, and stands in nobody's way.
+
+    remove takes away all else, and says that it could not do all; what would have to be recorded is refused.
+    """
     path = runtime.directory() / "src_valid_mark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(record, encoding="utf-8")
     try:
-        done = admin.idmark("plan")
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"idmark: read {path}: ")
-        assert "delete it" in done.stderr
+        for verb, code in (("plan", 1), ("apply", 0), ("plan", 0), ("remove", 2)):
+            done = admin.idmark(verb)
+            assert (verb, done.returncode) == (verb, code), done.stderr
+            assert f": read {path}: " in done.stderr
+            assert "delete it" in done.stderr
+        admin.host.sysctl("net/ipv4/conf/wan/rp_filter", 1)
+        done = admin.idmark("apply")
+        assert (done.returncode, "what was in force before still is" in done.stderr) == (2, True)
+        assert path.read_text(encoding="utf-8") == record
     finally:
         path.unlink()
 

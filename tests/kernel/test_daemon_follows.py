@@ -52,7 +52,8 @@ def rule_sources(site: Site) -> set[str]:
 
 def settled(site: Site) -> bool:
     """Whether all is in force, and stays so."""
-    return eventually(site.in_force) and bool(site.daemon.metric("idmark_in_sync"))
+    # The kernel has it first, then the daemon's metrics.
+    return eventually(site.in_force) and eventually(lambda: bool(site.daemon.metric("idmark_in_sync")))
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_link_renamed(admin: Admin) -> None:
         host.ip("link", "set", "vpn0", "name", "vpn9")
         assert eventually(lambda: bool(site.road(WILD["ipv4"], INSIDE["ipv4"]).error)), site.said()
         assert settled(site), site.said()
-        assert site.daemon.logged("there is no link vpn0")
+        assert eventually(lambda: site.daemon.logged("there is no link vpn0") > 0)
         assert host.sysctl("net/ipv4/conf/vpn9/src_valid_mark") == 0
         host.ip("link", "set", "vpn9", "name", "vpn0")
         assert eventually(lambda: site.road(WILD["ipv4"], INSIDE["ipv4"]).link == "vpn0"), site.said()

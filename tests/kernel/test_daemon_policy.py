@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import ledger
+from agent import ledger, state
 from agent.kernel import runtime
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
@@ -489,6 +489,39 @@ def test_refused_by_the_kernel(admin: Admin) -> None:
         host.ip_batch("route delete default table 4001 metric 1024 protocol 99")
         assert eventually(site.in_force), site.said()
         assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1)
+
+
+def test_damaged_record(admin: Admin) -> None:
+    """A record of sysctls that can't be read any more is told once, and all else is kept in force meanwhile."""
+    admin.host.sysctl("net/ipv4/conf/all/rp_filter", 1)
+    with kept(admin, ONE) as site:
+        record = runtime.directory() / "src_valid_mark.json"
+        record.write_text("{")
+        admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+        assert eventually(site.in_force), site.said()
+        assert eventually(lambda: site.daemon.logged(f"read {record}: ") == 1), site.said()
+        assert eventually(lambda: site.daemon.metric("idmark_in_sync") == 1), site.said()
+        record.unlink()
+        admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+        assert eventually(lambda: site.daemon.logged(f"no longer: read {record}: ") == 1), site.said()
+
+
+@pytest.mark.parametrize("name", ["trial.json", "refused.json"])
+def test_damaged_note(admin: Admin, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other verbs have left and can't be read is told once; what is kept is kept, also by the next daemon."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(admin.directory / "state"))
+    base, below = state.place()
+    damaged = runtime.directory() / name if name == "trial.json" else base / (below or "") / name
+    for damage in (True, False):
+        with kept(admin, ONE) as site:
+            if damage:
+                damaged.write_text("{")
+            for _ in range(2):
+                admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+                assert eventually(site.in_force), site.said()
+            assert eventually(lambda: site.daemon.metric("idmark_repairs_total") == 2)
+            told = site.daemon.logged(str(damaged))
+            assert told == 1 if damage else told, site.said()
 
 
 # --- what may be in the way ------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import reconcile
+from agent import facts, reconcile
+from agent.kernel.rtnl import Rtnl
 from agent.model import Family, Link
+from agent.policy import load
 from tests.kernel.admin import Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
 from tests.kernel.net import LAN_GATEWAY, OUTSIDE, PATIENCE, Host
@@ -160,6 +162,25 @@ def test_two_links_that_exchange_their_names(admin: Admin) -> None:
     assert defaults(admin, 4001) == ["default via 203.0.113.1 dev vpn0 src 203.0.113.2"]
     assert sources(admin, 4002, "-4") == {"192.0.2.130"}
     assert defaults(admin, 4002) == []
+
+
+def test_a_link_renamed_in_the_midst_of_a_look(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look shows the host before or after it, and never a link by its old name without its sysctls."""
+    admin.host.sysctl("net/ipv4/conf/all/rp_filter", 1)
+    admin.apply(POLICY)
+    listed = Rtnl.links
+
+    def links_and_a_rename(rtnl: Rtnl) -> tuple[Link, ...]:
+        found = listed(rtnl)
+        if any(link.name == "vpn0" for link in found):
+            admin.host.ip("link", "set", "vpn0", "name", "vpn9")
+        return found
+
+    monkeypatch.setattr(Rtnl, "links", links_and_a_rename)
+    with reconcile.opened() as kernel:
+        seen = facts.take(load(admin.file), kernel.rtnl, kernel.sysctls)
+    assert {"vpn9", "wan"} <= {link.name for link in seen.links}
+    assert "vpn0" not in {link.name for link in seen.links}
 
 
 def test_a_link_that_is_made_anew(admin: Admin) -> None:

@@ -8,14 +8,16 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from agent import history, ledger, reconcile, trial
+from agent import applying, history, ledger, reconcile, snapshot, state, trial
 from agent.kernel import runtime
+from agent.plan import Plan
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
@@ -166,6 +168,54 @@ def test_history_is_bounded_in_bytes(operator: Operator) -> None:
     assert [entry.number for entry in history.entries()] == [3, 4]
 
 
+#: An entry of the history as it should be.
+SOUND = {"number": 1, "at": 1, "user": "eve", "verb": "apply", "gateway": "g", "policy": "p", "plan": "", "changes": 1}
+SOUND |= {"outcome": "in force", "why": ""}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param("[]", id="list"),
+        pytest.param(json.dumps(SOUND | {"policy": 5}), id="type"),
+        pytest.param(json.dumps(SOUND | {"number": 2}), id="number"),
+        pytest.param(json.dumps(SOUND | {"at": float("nan")}), id="no-time"),
+        pytest.param(json.dumps(SOUND | {"at": 1e300}), id="end-of-times"),
+        pytest.param(json.dumps(SOUND | {"more": 1}), id="key"),
+    ],
+)
+def test_damaged_history(operator: Operator, head: str) -> None:
+    """An entry that is damaged is none; its number is not given again, and there is no way back to it."""
+    operator.must("apply", policy=ONE)
+    (about,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.json")
+    about.write_text(head)
+    assert operator.must("history") == ""
+    assert operator.command("rollback", "1").stderr == "idmark: rollback: there is no apply 1\n"
+    operator.must("apply", policy=MORE)
+    assert [entry.number for entry in history.entries()] == [2]
+
+
+def test_strange_history(operator: Operator) -> None:
+    """What others have put among its files is in nobody's way, and nothing in an entry steers the terminal."""
+    operator.must("apply", policy=ONE)
+    (about,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.json")
+    folder = about.parent
+    os.mkfifo(folder / "0002.json")
+    (folder / "0003.json").symlink_to("/etc/passwd")
+    (folder / "0004.json").mkdir()
+    (folder / f"{'9' * 30}.json").write_text("{}")
+    operator.must("apply", policy=MORE)
+    assert [entry.number for entry in history.entries()] == [1, 5]
+    about.write_text(json.dumps(SOUND | {"user": "\x1b[2Jroot", "verb": "apply\n   9  fake"}))
+    assert (
+        operator.must("history")
+        .splitlines()[0]
+        .endswith(r"apply\x0a   9  fake by \x1b[2Jroot: policy p, changes: 1, in force")
+    )
+
+
 def test_refusals_are_written_down(operator: Operator) -> None:
     """A plan that is not the expected one, and a policy that can't be here, are in the history as refused, once."""
     for _ in range(2):
@@ -173,6 +223,25 @@ def test_refusals_are_written_down(operator: Operator) -> None:
     assert operator.outcomes() == ["refused"]
     assert operator.command("apply", policy=policy_text({"next_hop": ["192.0.2.1", "2001:db8:4::1"]})).returncode == 2
     assert operator.outcomes() == ["refused", "refused"]
+
+
+def test_faults_are_written_down(operator: Operator) -> None:
+    """A policy that was refused at the door is in the history with its faults, of apply and of reload; once each."""
+    faulty = ONE.replace("id = 2", "id = 77") + "nonsense = 1\n"
+    for _ in range(2):
+        done = operator.command("apply", policy=faulty)
+        assert done.returncode == 2
+    (file,) = Path(operator.environment["STATE_DIRECTORY"]).rglob("0001.faults.txt")
+    assert file.read_text() == done.stderr
+    with kept(operator.admin, ONE) as site:
+        operator.admin.file.write_text(faulty)
+        site.daemon.reload()
+    assert [(entry.verb, entry.outcome) for entry in history.entries()] == [
+        ("apply", "refused"),
+        ("start", "in force"),
+        ("reload", "refused"),
+    ]
+    assert "apply by root: a policy with faults, changes: 0, refused: " in operator.must("history")
 
 
 # --- plan files ------------------------------------------------------------------------------------------------------
@@ -311,6 +380,77 @@ def test_rolled_back_by_hand(operator: Operator) -> None:
     operator.must("rollback")
     assert operator.inventory() == was
     assert operator.command("confirm").returncode == 1
+
+
+@pytest.mark.parametrize(("clock", "moved"), [("boottime", True), ("monotonic", False)])
+def test_clock(netns: Host, clock: str, moved: bool) -> None:
+    """What ends a trial is the time since boot, sleep included: no clock that anybody sets (time_namespaces(7))."""
+    script = "from agent import trial; print(trial.clock())"
+    shifted = ["unshare", "--time", f"--{clock}", "100000", "--fork"]
+    here, there = (float(netns.run([*words, sys.executable, "-c", script])) for words in ([], shifted))
+    assert (there - here > 90_000) is moved
+
+
+def test_nothing_can_be_written_down(operator: Operator) -> None:
+    """Where the history can't be written a policy is confirmed, or rolled back, all the same, and that is said."""
+    operator.must("apply", policy=ONE)
+    was = operator.inventory()
+    operator.must("apply", "--confirm-within", "60s", policy=MORE)
+    (folder,) = Path(operator.environment["STATE_DIRECTORY"]).parent.rglob("history")
+    folder.rename(folder.with_name("moved"))
+    folder.write_text("in the way")
+    done = operator.command("rollback")
+    assert (done.returncode, "history: Not a directory" in done.stderr) == (2, True)
+    assert operator.inventory() == was
+    operator.must("apply", "--confirm-within", "1s", policy=MORE)
+    done = operator.command("confirm")
+    assert (done.returncode, "history: Not a directory" in done.stderr) == (0, True)
+    time.sleep(2)
+    assert operator.command("plan").returncode == 0
+
+
+def test_confirmation_cut_short(operator: Operator) -> None:
+    """A confirmation that was killed after it had kept the policy for the next boot is none: that goes back as well."""
+    for before in ("", ONE):
+        if before:
+            operator.must("apply", policy=before)
+        kept_before = state.load()
+        operator.must("apply", "--confirm-within", "2s", policy=MORE)
+        on_trial = load(operator.admin.file)
+        state.save(on_trial)
+        state.forgive()
+        assert ended()
+        assert state.load() == kept_before
+        assert state.refused()[0] == on_trial.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param("trial.json", "{", id="cut-short"),
+        pytest.param("trial.json", '{"id": "x"}', id="incomplete"),
+        pytest.param("trial.json", '{"id": "x", "digest": "d", "within": "a", "deadline": 1}', id="type"),
+        pytest.param("trial.json", '{"id": "x", "digest": "d", "within": 1, "deadline": NaN}', id="never"),
+        pytest.param("trial-contents.json", "{}", id="of-nothing"),
+        pytest.param("trial-contents.json", "[", id="contents-cut-short"),
+    ],
+)
+def test_damaged_trial(operator: Operator, name: str, text: str) -> None:
+    """What is written down about a trial and can't be read is told with the two ways out of it; and they are."""
+    begun = trial.begin(operator.admin.write(ONE), snapshot.Snapshot(), 60.0, number=1)
+    assert trial.pending() == begun
+    (runtime.directory() / name).write_text(text)
+    done = operator.command("rollback")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"idmark: read {runtime.directory() / name}: ")
+    head = runtime.directory() / "trial.json"
+    assert f"; delete {head} and apply what is to stay; or idmark remove" in done.stderr
+    operator.must("remove")
+    assert trial.pending() is None
+    trial.begin(load(operator.admin.file), snapshot.Snapshot(), 60.0, number=1)
+    (runtime.directory() / name).write_text(text)
+    head.unlink()
+    operator.must("apply")
 
 
 def test_removed_meanwhile(operator: Operator) -> None:
@@ -461,6 +601,49 @@ def test_verified(operator: Operator) -> None:
     assert "the kernel says: via 203.0.113.1 dev wan table 254" in done.stderr
     assert operator.inventory() == before
     assert operator.outcomes() == ["rolled back"]
+
+
+def test_interrupted_at_the_end(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C that comes when the last step was taken, and before anybody knows of it, takes all back."""
+    operator.must("apply", policy=ONE)
+    before = load(operator.admin.file)
+    was = operator.inventory()
+    take = reconcile.apply
+
+    def take_and_be_interrupted(chosen: Plan, kernel: reconcile.Seams) -> None:
+        monkeypatch.setattr(reconcile, "apply", take)
+        take(chosen, kernel)
+        raise KeyboardInterrupt
+
+    with reconcile.opened() as kernel:
+        policy = operator.admin.write(MORE)
+        seen = reconcile.look(policy, kernel)
+        monkeypatch.setattr(reconcile, "apply", take_and_be_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            applying.apply(policy, seen, before, kernel, down={}, order=applying.Order())
+    assert operator.inventory() == was
+    assert operator.outcomes()[-1] == "rolled back"
+
+
+def test_verified_reload(operator: Operator) -> None:
+    """A reload is verified as an apply is: where the kernel routes otherwise, the policy before is in force again.
+
+    It is not tried again by itself: each time it would be in force for a moment.
+    """
+    with kept(operator.admin, ONE) as site:
+        before = load(operator.admin.file)
+        operator.admin.host.ip("rule", "add", "priority", "100", "from", INSIDE["ipv4"], "lookup", "main")
+        operator.admin.file.write_text(MORE)
+        site.daemon.reload()
+        assert site.daemon.logged("the kernel does not route as is wanted") == 1, site.said()
+        assert site.daemon.logged("to be tried again") == 0
+        assert at_work() == before.digest
+        assert not reconcile.look(before, site.kernel).plan.steps
+        last = history.entries()[-1]
+        assert (last.verb, last.outcome) == ("reload", "rolled back")
+        operator.admin.host.ip("rule", "delete", "priority", "100")
+        site.daemon.reload()
+        assert eventually(site.in_force), site.said()
 
 
 SESSIONS = {

@@ -36,8 +36,10 @@ Idmark = Callable[..., Ran]
 
 @pytest.fixture
 def idmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Idmark]:
-    """Run idmark beside a good policy.toml."""
+    """Run idmark beside a good policy.toml, and with folders of its own for what it writes down."""
     monkeypatch.chdir(tmp_path)
+    for name in ("STATE_DIRECTORY", "RUNTIME_DIRECTORY"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     Path("policy.toml").write_text(GOOD, encoding="utf-8")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
@@ -295,6 +297,18 @@ def test_schema(idmark: Idmark) -> None:
     assert schema["required"] == ["gateway", "identity"]
     assert set(schema["properties"]) == {"gateway", "downstream", "identity", "kernel"}
     assert schema["additionalProperties"] is False
+
+
+#: What takes longer to import than most verbs to run.
+HEAVY = {"agent.model", "asyncio", "prometheus_client", "pydantic", "pyroute2", "rich"}
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_light_start(word: str) -> None:
+    """Who asks for little waits for little: none of the heavy packages is imported for it."""
+    code = f"import sys\nfrom agent import cli\ntry:\n    cli.main(['{word}'])\nfinally:\n    print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert HEAVY.isdisjoint(ran.stdout.split())
 
 
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"], ["--version"]])

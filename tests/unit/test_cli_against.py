@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,16 @@ def test_format(idmark: Idmark, tmp_path: Path, name: str, begins: str) -> None:
     again = idmark("plan", "--against", "other.toml", "--format", name, "-o", "change")
     assert (again.returncode, again.stdout) == (1, "")
     assert (tmp_path / "change").read_text(encoding="utf-8") == done.stdout
+
+
+def test_output_that_is_no_file(idmark: Idmark, tmp_path: Path) -> None:
+    """A pipe, or a device, is written into and not replaced: root's /dev/null is everybody's."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as reader:
+        assert idmark("plan", "--against", "other.toml", "-o", "pipe").returncode == 1
+        assert reader.read(1 << 16).startswith(b"gw1: 1 identity changes")
+    assert pipe.is_fifo()
 
 
 def test_json(idmark: Idmark) -> None:

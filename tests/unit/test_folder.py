@@ -80,6 +80,16 @@ def test_a_failed_put_leaves_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_is_too_large_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be read again is refused before anything relies on it; just as large as may be is read."""
+    monkeypatch.setattr(folder, "LIMIT", 4)
+    with folder.opened(tmp_path) as place:
+        folder.put(place, "file", b"1234", 0o600, durable=False)
+        with pytest.raises(OSError, match="it is larger than"):
+            folder.put(place, "file", b"12345", 0o600, durable=False)
+        assert folder.got(place, "file") == b"1234"
+
+
 def test_a_file_to_be_locked(tmp_path: Path) -> None:
     """It is made once, and whoever comes later has the same one."""
     with (

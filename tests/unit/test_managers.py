@@ -78,6 +78,14 @@ def test_a_masked_drop_in(tmp_path: Path) -> None:
     assert networkd(tmp_path)[0].value == "yes"
 
 
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """A drop-in whose target is gone says nothing, and is no trouble."""
+    place = tmp_path / "etc/systemd/networkd.conf.d"
+    place.mkdir(parents=True)
+    (place / "50-gone.conf").symlink_to(tmp_path / "gone")
+    assert {setting.value for setting in networkd(tmp_path)} == {"yes"}
+
+
 def test_another_section(tmp_path: Path) -> None:
     """A key in a section that is not its own says nothing."""
     write(tmp_path, DROP_IN, f"[DHCPv4]\n{RULES}=no\n")

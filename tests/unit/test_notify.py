@@ -34,7 +34,7 @@ class Manager:
 def test_messages(tmp_path: Path, abstract: bool) -> None:
     """Each message as in sd_notify(3), to a socket with a path or an abstract one."""
     manager = Manager(f"@idmark-test-{os.getpid()}" if abstract else str(tmp_path / "socket"))
-    notify = Notify(LOG, manager.environment | {"WATCHDOG_USEC": "2000000"})
+    notify = Notify(LOG, manager.environment | {"WATCHDOG_USEC": "60000000"})
     notify.ready()
     assert manager.heard() == "READY=1"
     notify.reloading()
@@ -44,6 +44,7 @@ def test_messages(tmp_path: Path, abstract: bool) -> None:
     notify.status("two lines")
     notify.watchdog()
     assert manager.heard() == "WATCHDOG=1"
+    notify.watchdog()  # so soon nobody wants to hear of it again
     notify.stopping()
     assert manager.heard() == "STOPPING=1"
 

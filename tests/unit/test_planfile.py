@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from hypothesis import given
 
 from agent import planfile
 from agent.desired import desire
-from agent.model import Policy
-from agent.plan import Observed, Plan, plan
-from agent.planfile import PlanFileError
+from agent.model import Family, Policy, Prefix, Route
+from agent.plan import AddRoute, Observed, Plan, plan
+from agent.planfile import PlanFileError, Reviewed
 from agent.policy import load
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, policies, policy, toml
 
@@ -57,6 +58,13 @@ def test_moved(tmp_path: Path) -> None:
     assert list(planfile.read(path).moved(fewer)) == first
 
 
+def test_all_of_a_large_one_moved() -> None:
+    """Where a list of 20,000 prefixes is another identity's now, each line is told, and nobody waits for hours."""
+    was, now = ([AddRoute(Route(Prefix(Family.IPV4, n << 8, 24), table)) for n in range(20_000)] for table in (1, 2))
+    told = list(Reviewed(policy(INSIDE), Plan(tuple(was)).text, "").moved(Plan(tuple(now))))
+    assert sorted(line[0] for line in told) == ["<"] * 20_000 + [">"] * 20_000
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -65,6 +73,11 @@ def test_moved(tmp_path: Path) -> None:
         pytest.param('{"idmark_plan": 2}', "its format is 2, and not 1", id="of-a-later-version"),
         pytest.param("[" * 100_000, "this is no plan", id="deep"),
         pytest.param('{"idmark_plan": 1, "changes": [], "policy": [], "digest": "x", "policy_digest": ""}', "altered"),
+        pytest.param(
+            '{"idmark_plan": 1, "changes": ["\\ud800"], "policy": [], "digest": "x", "policy_digest": ""}',
+            "this is no plan",
+            id="no-text",
+        ),
     ],
 )
 def test_no_plan(tmp_path: Path, text: str, words: str) -> None:
@@ -86,6 +99,18 @@ def test_altered(tmp_path: Path, key: str) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(PlanFileError, match="it was altered"):
         planfile.read(path)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """A device or a pipe is written into, and stays what it is: /dev/null is everybody's. A folder is refused."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        planfile.write(path, policy(INSIDE), Plan(()))
+        assert json.loads(pipe.read(1 << 16))["gateway"] == "gw1"
+    assert path.is_fifo()
+    with pytest.raises(PlanFileError, match="Is a directory"):
+        planfile.write(tmp_path, policy(INSIDE), Plan(()))
 
 
 def test_where_it_cannot_be(tmp_path: Path) -> None:
