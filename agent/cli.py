@@ -22,9 +22,9 @@ from agent import IdmarkError
 if TYPE_CHECKING:
     from agent.applying import Order
     from agent.change import Change
-    from agent.model import Address, Facts, Lookup, Policy
+    from agent.model import Address, Facts, Policy
     from agent.planfile import Reviewed
-    from agent.proof import Ask, Packet
+    from agent.proof import Explanation
     from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
@@ -353,29 +353,44 @@ def _report(policy: Policy, kernel: Seams) -> dict[str, Any]:
 
 def explain(args: argparse.Namespace) -> int:
     """One packet's way, step by step, and whether the kernel agrees."""
-    from agent import proof  # noqa: PLC0415
     from agent.model import Family  # noqa: PLC0415
-    from agent.reconcile import look  # noqa: PLC0415
 
     source, destination = _address(args.source), _address(args.destination)
     if Family.of(source) is not Family.of(destination):
         raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
+    if args.facts and not args.offline:
+        raise UsageError("explain asks this host: --facts goes with --offline")
+    explanation = _explain_offline(args, source, destination) if args.offline else _explain(args, source, destination)
+    if args.json:
+        print(json.dumps(explanation.plain(), indent=1))
+    else:
+        print("\n".join(explanation.lines()))
+    return DIFFERS if explanation.agrees is False else OK
+
+
+def _explain_offline(args: argparse.Namespace, source: Address, destination: Address) -> Explanation:
+    """By the policy, and what is known of a host."""
+    from agent import artefact, proof, render  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+
+    known = _facts(args)
+    desired = desire(_policy(args), known)
+    packet = proof.Packet(source, destination, args.arriving or proof.arrival(desired, known, source))
+    return proof.explain(desired, known, artefact.read(render.files(desired)), packet)
+
+
+def _explain(args: argparse.Namespace, source: Address, destination: Address) -> Explanation:
+    """On this host, beside what is loaded and what the kernel answers."""
+    from agent import artefact, proof, render, witness  # noqa: PLC0415
+    from agent.reconcile import look  # noqa: PLC0415
+
     policy = _policy(args)
     with _kernel(args) as kernel:
         seen = look(policy, kernel, _down())
-        arriving = args.arriving or proof.arrival(seen.desired, seen.facts, source)
-        packet = proof.Packet(source, destination, arriving)
-        local = {item.address for link in seen.facts.links for item in link.addresses}
-        explanation = proof.explain(seen.desired, packet, local, kernel.rtnl.rules(), _asker(kernel))
-    if args.json:
-        steps = [{"what": what, "words": words} for what, words in explanation.steps]
-        found = {"packet": str(packet), "identity": explanation.identity, "steps": steps, "agrees": explanation.agrees}
-        print(json.dumps(found, indent=1))
-    else:
-        print(packet)
-        for what, words in explanation.steps:
-            print(f"  {what:<10} {words}")
-    return DIFFERS if explanation.agrees is False else OK
+        packet = proof.Packet(source, destination, args.arriving or proof.arrival(seen.desired, seen.facts, source))
+        rendered = artefact.read(render.files(seen.desired))
+        loaded = witness.loaded(seen, rendered, kernel)
+        return proof.explain(seen.desired, seen.facts, rendered, packet, loaded)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -432,13 +447,6 @@ def _address(text: str) -> Address:
         return parse_address(text)
     except ValueError as error:
         raise UsageError(f"explain: {text} {error}") from error
-
-
-def _asker(kernel: Seams) -> Ask:
-    def ask(packet: Packet, fwmark: int) -> Lookup:
-        return kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
-
-    return ask
 
 
 def remove(args: argparse.Namespace) -> int:
@@ -684,6 +692,12 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
+    verbs["explain"].add_argument(
+        "--offline", action="store_true", help="by the policy alone; needs no root, no kernel"
+    )
+    verbs["explain"].add_argument(
+        "--facts", type=Path, metavar="FILE", help="with --offline: of the host that idmark facts printed this of"
+    )
     against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
     against.add_argument(
         "--against",

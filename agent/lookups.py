@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from agent.desired import Desired
 from agent.given import Given
-from agent.kernel.rtnl import Rtnl
 from agent.model import Address, Facts, Family, Identity, Lookup, parse_address
 from agent.walk import MAIN, REFUSED, Fate
 from agent.wanted import Wanted
+
+if TYPE_CHECKING:
+    from agent.kernel.rtnl import Rtnl
 
 #: Addresses that only a default leads to: nobody has them (RFC 7600, 6.1; RFC 6666).
 ANYWHERE: Mapping[Family, Address] = {Family.IPV4: parse_address("192.0.0.8"), Family.IPV6: parse_address("100::1")}

@@ -7,7 +7,7 @@ is split, and nowhere else.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -328,6 +328,16 @@ class Fate(NamedTuple):
         return f"{whose}rule {rule}{route}"
 
 
+class Attempt(NamedTuple):
+    """A rule that takes a packet, whether it is somebody else's, and what becomes of the packet by it (None: nothing,
+    it is the next rule's turn).
+    """
+
+    rule: Rule
+    foreign: bool
+    fate: Fate | None
+
+
 class Networks(Generic[Value]):
     """Networks and what is known of each; those of the longest prefixes first."""
 
@@ -452,27 +462,34 @@ class Tables:
         """
         if is_here(given, self._local, self._fleeting):
             return Fate(LOCAL)
+        return next((attempt.fate for attempt in self.attempts(given, mark) if attempt.fate), Fate(MAIN))
+
+    def attempts(self, given: Given, mark: int) -> Iterator[Attempt]:
+        """The rules that take the packet, up to the one that decides."""
         at = 0
         while (place := self._rules.first(at, mark, given)) is not None:
             rule, at = self._rules.all[place], place + 1
             foreign = rule in self._foreign
             if rule.action == GOTO:
                 at = self._rules.target(rule, at)
-            elif rule.action == LOOKUP and rule.table == TABLE_MAIN:
-                return Fate(MAIN, rule=rule)
-            elif rule.action == LOOKUP:
-                found = self._best(rule.table, given)
-                if found and foreign:
-                    return Fate(MAIN, rule=rule, route=found[0], foreign=True)
-                if found:
-                    route, hops = found
-                    what = OUT if route.kind == "unicast" else REFUSED
-                    return Fate(what, frozenset((hop.link, hop.via) for hop in hops), rule, route)
-            elif rule.action != NOP and foreign:
-                return Fate(MAIN, rule=rule, foreign=True)
-            elif rule.action != NOP:
-                return Fate(REFUSED, rule=rule)
-        return Fate(MAIN)
+            yield Attempt(rule, foreign, self._fate(rule, foreign, given))
+
+    def _fate(self, rule: Rule, foreign: bool, given: Given) -> Fate | None:
+        """What becomes of a packet that a rule takes; None: the next rules decide."""
+        if rule.action in (GOTO, NOP):
+            return None
+        if rule.action != LOOKUP:
+            return Fate(MAIN if foreign else REFUSED, rule=rule, foreign=foreign)
+        if rule.table == TABLE_MAIN:
+            return Fate(MAIN, rule=rule)
+        found = self._best(rule.table, given)
+        if found is None:
+            return None
+        route, hops = found
+        if foreign:
+            return Fate(MAIN, rule=rule, route=route, foreign=True)
+        what = OUT if route.kind == "unicast" else REFUSED
+        return Fate(what, frozenset((hop.link, hop.via) for hop in hops), rule, route)
 
     def _best(self, table: int, given: Given) -> tuple[Route, tuple[Hop, ...]] | None:
         """The longest prefix's route with the smallest metric that is still there, with the hops that are."""

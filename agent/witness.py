@@ -10,9 +10,9 @@ from agent import artefact, render
 from agent.artefact import Artefact, Named, in_order
 from agent.given import Given
 from agent.lookups import Question
-from agent.model import LOOKUP, TABLE_MAIN, Address, Family, NftSet, Policy
+from agent.model import LOOKUP, TABLE_MAIN, Address, Family, Lookup, NftSet, Policy
 from agent.plan import Observed
-from agent.proof import TABLE_LOCAL
+from agent.proof import TABLE_LOCAL, Loaded, Packet
 from agent.reconcile import Look, Seams, look
 from agent.verify import Counterexample, Proof, World, prove, ways_routed
 from agent.walk import LOCAL
@@ -33,15 +33,25 @@ def hear(seen: Look, rendered: Artefact, kernel: Seams) -> Proof:
     whoever put them there. Of rules of chains nothing but the digest can be read: when it is that of the rendered text
     they are taken as written there.
     """
-    strangers = tuple(_strangers(rendered, seen.observed))
+    strange = tuple(strangers(rendered, seen.observed))
     proof = prove(seen.desired, seen.facts, present(seen, rendered, kernel))
     asked = list(_asked(seen, rendered, kernel))
     disagreements = tuple(found for found in asked if found)
     return replace(
         proof,
         ways=proof.ways + len(asked),
-        counterexamples=(*strangers, *proof.counterexamples, *disagreements),
+        counterexamples=(*strange, *proof.counterexamples, *disagreements),
     )
+
+
+def loaded(seen: Look, rendered: Artefact, kernel: Seams) -> Loaded:
+    """What the kernel has, for whoever follows one packet through it. Raises KernelError."""
+
+    def ask(packet: Packet, fwmark: int) -> Lookup:
+        return kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
+
+    strange = tuple(f"{each.packet}: {each.found}" for each in strangers(rendered, seen.observed))
+    return Loaded(present(seen, rendered, kernel), strange, ask)
 
 
 def present(seen: Look, rendered: Artefact, kernel: Seams) -> Artefact:
@@ -53,7 +63,7 @@ def present(seen: Look, rendered: Artefact, kernel: Seams) -> Artefact:
         chains = {name: chain._replace(hook=hooks[name]) for name, chain in rendered.chains.items() if name in hooks}
         sets = {nft_set.name: _named(nft_set) for nft_set in table.sets}
         if chains.keys() != rendered.chains.keys() or not rendered.sets.keys() <= sets.keys():
-            chains = {}  # nothing of them can be followed; `_strangers` has said so
+            chains = {}  # nothing of them can be followed; `strangers` has said so
     rules = kernel.rtnl.rules()
     foreign = frozenset(rule for rule, ours in rules if not ours)
     ours = {identity.table for identity in seen.desired.policy.identities}
@@ -69,7 +79,7 @@ def _named(found: NftSet) -> Named:
     return Named(found.name, tuple(found.key.split(" . ")), found.value, found.interval, elements)
 
 
-def _strangers(rendered: Artefact, observed: Observed) -> Iterator[Counterexample]:
+def strangers(rendered: Artefact, observed: Observed) -> Iterator[Counterexample]:
     """Where the chains that are loaded are not the rendered ones."""
     table = observed.table
     if table is None or table.dormant:
