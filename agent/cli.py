@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from agent.change import Change
     from agent.model import Address, Facts, Policy
     from agent.planfile import Reviewed
-    from agent.proof import Explanation
+    from agent.proof import Explanation, Packet
     from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
@@ -36,6 +36,8 @@ OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "rollback", "remove"})
 CAP_NET_ADMIN = 12
+#: So long a flow is traced, at most.
+MOST_SECONDS = 600
 
 
 class UsageError(IdmarkError):
@@ -360,12 +362,35 @@ def explain(args: argparse.Namespace) -> int:
         raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
     if args.facts and not args.offline:
         raise UsageError("explain asks this host: --facts goes with --offline")
+    if args.trace is not None and args.offline:
+        raise UsageError("explain --trace watches this host's packets: it takes no --offline")
     explanation = _explain_offline(args, source, destination) if args.offline else _explain(args, source, destination)
-    if args.json:
-        print(json.dumps(explanation.plain(), indent=1))
-    else:
+    if not args.json:
         print("\n".join(explanation.lines()))
+    found = explanation.plain()
+    if args.trace is not None:
+        found["trace"] = _trace(args, explanation.packet)
+    if args.json:
+        print(json.dumps(found, indent=1))
     return DIFFERS if explanation.agrees is False else OK
+
+
+def _trace(args: argparse.Namespace, packet: Packet) -> list[dict[str, object]]:
+    """What the kernel says of such packets in the next seconds: printed as it comes, or for a program."""
+    from agent import trace  # noqa: PLC0415
+    from agent.kernel.nftrace import Tracer  # noqa: PLC0415
+
+    with Tracer(trace.Flow(packet.source, packet.destination, packet.arriving), args.trace) as tracer:
+        if args.json:
+            return [*trace.plain(tracer.events())]
+        print(f"tracing for {args.trace:g} s, {trace.PACKETS} packets at most", flush=True)
+        told = 0
+        for line in trace.lines(tracer.events()):
+            print(line, flush=True)
+            told += 1
+        if not told:
+            print("no such packet came")
+    return []
 
 
 def _explain_offline(args: argparse.Namespace, source: Address, destination: Address) -> Explanation:
@@ -693,6 +718,14 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
     verbs["explain"].add_argument(
+        "--trace",
+        nargs="?",
+        type=_seconds,
+        const=5.0,
+        metavar="SECONDS",
+        help="then watch such packets for some seconds (5), and print the kernel's own account of each",
+    )
+    verbs["explain"].add_argument(
         "--offline", action="store_true", help="by the policy alone; needs no root, no kernel"
     )
     verbs["explain"].add_argument(
@@ -707,6 +740,16 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
     against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
     against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text}: seconds, more than 0 and {MOST_SECONDS} at most")
+    return seconds
 
 
 def _duration(text: str) -> float:

@@ -202,6 +202,11 @@ def test_render_on_a_wrong_host(idmark: Idmark) -> None:
             "explain asks this host: --facts goes with --offline",
             id="facts-of-another-host",
         ),
+        pytest.param(
+            ["explain", "10.9.0.5", "192.0.2.1", "--offline", "--trace"],
+            "explain --trace watches this host's packets: it takes no --offline",
+            id="trace-without-a-host",
+        ),
     ],
 )
 def test_trouble(idmark: Idmark, words: list[str], complaint: str) -> None:
@@ -299,6 +304,7 @@ def test_privileges(idmark: Idmark, verb: str) -> None:
         pytest.param(["check", "--fly"], id="no-such-option"),
         pytest.param(["render", "-o"], id="option-without-value"),
         pytest.param(["explain", "10.9.0.5"], id="one-address"),
+        pytest.param(["explain", "10.9.0.5", "192.0.2.1", "--trace", "nan"], id="no-time"),
     ],
 )
 def test_usage(idmark: Idmark, words: list[str]) -> None:
