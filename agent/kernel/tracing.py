@@ -1,7 +1,7 @@
 """A process beside a trace: it loads the table that has a flow traced, and deletes it when the trace ends, however.
 
-Its standard input ends with the process that traces, also if that is killed. The kernel would take away a table with the
-flag "owner" by itself; but nft 1.0.6 lists the flags of such a table as JSON with whatever lies in its memory.
+Its standard input ends with the process that traces, also if that is killed. The kernel itself would take away a table
+with the flag "owner"; but nft 1.0.6 lists the flags of such a table as JSON with whatever lies in its memory.
 """
 
 from __future__ import annotations
