@@ -505,7 +505,7 @@ def _take(words: list[str], *expected: str) -> None:
 
 
 def _routing(text: str) -> tuple[tuple[Rule, ...], tuple[Route, ...]]:
-    rules: list[Rule] = []
+    rules: dict[Rule, None] = {}
     routes: dict[object, Route] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line or line.startswith("#"):
@@ -522,7 +522,7 @@ def _routing(text: str) -> tuple[tuple[Rule, ...], tuple[Route, ...]]:
                     rule = read_rule(family, rest)
                     if rule in rules:
                         raise ValueError("is there twice")
-                    rules.append(rule)
+                    rules[rule] = None
                 case ["-w", *_] if line.startswith("sysctl -w net/ipv4/conf/") and line.endswith("/src_valid_mark=1"):
                     pass
                 case _:

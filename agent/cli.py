@@ -21,9 +21,9 @@ from agent import IdmarkError
 if TYPE_CHECKING:
     from agent.applying import Order
     from agent.change import Change
-    from agent.model import Address, Facts, Lookup, Policy
+    from agent.model import Address, Facts, Policy
     from agent.planfile import Reviewed
-    from agent.proof import Ask, Packet
+    from agent.proof import Explanation, Packet
     from agent.reconcile import Seams
 
 # Rooms are imported where a verb needs them: pyroute2 and pydantic take longer to import than most verbs to run.
@@ -35,6 +35,8 @@ OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "rollback", "remove"})
 CAP_NET_ADMIN = 12
+#: So long a flow is traced, at most.
+MOST_SECONDS = 600
 
 
 class UsageError(IdmarkError):
@@ -370,29 +372,67 @@ def _report(policy: Policy, kernel: Seams) -> dict[str, Any]:
 
 def explain(args: argparse.Namespace) -> int:
     """One packet's way, step by step, and whether the kernel agrees."""
-    from agent import proof  # noqa: PLC0415
     from agent.model import Family  # noqa: PLC0415
-    from agent.reconcile import look  # noqa: PLC0415
 
     source, destination = _address(args.source), _address(args.destination)
     if Family.of(source) is not Family.of(destination):
         raise UsageError(f"explain {source} {destination}: a packet has two addresses of one family")
+    if args.facts and not args.offline:
+        raise UsageError("explain asks this host: --facts goes with --offline")
+    if args.trace is not None and args.offline:
+        raise UsageError("explain --trace watches this host's packets: it takes no --offline")
+    explanation = _explain_offline(args, source, destination) if args.offline else _explain(args, source, destination)
+    if not args.json:
+        print("\n".join(explanation.lines()))
+    found = explanation.plain()
+    if args.trace is not None:
+        found["trace"] = _trace(args, explanation.packet)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    return DIFFERS if explanation.agrees is False else OK
+
+
+def _trace(args: argparse.Namespace, packet: Packet) -> list[dict[str, object]]:
+    """What the kernel says of such packets in the next seconds: printed as it comes, or for a program."""
+    from agent import trace  # noqa: PLC0415
+    from agent.kernel.nftrace import Tracer  # noqa: PLC0415
+
+    with Tracer(trace.Flow(packet.source, packet.destination, packet.arriving), args.trace) as tracer:
+        if args.json:
+            return [*trace.plain(tracer.events())]
+        print(f"tracing for {args.trace:g} s, {trace.PACKETS} packets at most", flush=True)
+        told = 0
+        for line in trace.lines(tracer.events()):
+            print(line, flush=True)
+            told += 1
+        if not told:
+            print("no such packet came")
+    return []
+
+
+def _explain_offline(args: argparse.Namespace, source: Address, destination: Address) -> Explanation:
+    """By the policy, and what is known of a host."""
+    from agent import artefact, proof, render  # noqa: PLC0415
+    from agent.desired import desire  # noqa: PLC0415
+
+    known = _facts(args)
+    desired = desire(_policy(args), known)
+    packet = proof.Packet(source, destination, args.arriving or proof.arrival(desired, known, source))
+    return proof.explain(desired, known, artefact.read(render.files(desired)), packet)
+
+
+def _explain(args: argparse.Namespace, source: Address, destination: Address) -> Explanation:
+    """On this host, beside what is loaded and what the kernel answers."""
+    from agent import artefact, proof, render, witness  # noqa: PLC0415
+    from agent.reconcile import look  # noqa: PLC0415
+
     policy = _policy(args)
     with _kernel(args) as kernel:
         seen = look(policy, kernel, _down())
-        arriving = args.arriving or proof.arrival(seen.desired, seen.facts, source)
-        packet = proof.Packet(source, destination, arriving)
-        local = {item.address for link in seen.facts.links for item in link.addresses}
-        explanation = proof.explain(seen.desired, packet, local, kernel.rtnl.rules(), _asker(kernel))
-    if args.json:
-        steps = [{"what": what, "words": words} for what, words in explanation.steps]
-        found = {"packet": str(packet), "identity": explanation.identity, "steps": steps, "agrees": explanation.agrees}
-        print(json.dumps(found, indent=1))
-    else:
-        print(packet)
-        for what, words in explanation.steps:
-            print(f"  {what:<10} {words}")
-    return DIFFERS if explanation.agrees is False else OK
+        packet = proof.Packet(source, destination, args.arriving or proof.arrival(seen.desired, seen.facts, source))
+        rendered = artefact.read(render.files(seen.desired))
+        loaded = witness.loaded(seen, rendered, kernel)
+        return proof.explain(seen.desired, seen.facts, rendered, packet, loaded)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -449,13 +489,6 @@ def _address(text: str) -> Address:
         return parse_address(text)
     except ValueError as error:
         raise UsageError(f"explain: {text} {error}") from error
-
-
-def _asker(kernel: Seams) -> Ask:
-    def ask(packet: Packet, fwmark: int) -> Lookup:
-        return kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
-
-    return ask
 
 
 def remove(args: argparse.Namespace) -> int:
@@ -707,6 +740,20 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     verbs["explain"].add_argument("source", metavar="SRC", help="the packet's source address")
     verbs["explain"].add_argument("destination", metavar="DST", help="and its destination")
     verbs["explain"].add_argument("--in", dest="arriving", metavar="LINK", help="the link it arrives on, if forwarded")
+    verbs["explain"].add_argument(
+        "--trace",
+        nargs="?",
+        type=_seconds,
+        const=5.0,
+        metavar="SECONDS",
+        help="then watch such packets for some seconds (5), and print the kernel's own account of each",
+    )
+    verbs["explain"].add_argument(
+        "--offline", action="store_true", help="by the policy alone; needs no root, no kernel"
+    )
+    verbs["explain"].add_argument(
+        "--facts", type=Path, metavar="FILE", help="with --offline: of the host that idmark facts printed this of"
+    )
     against = verbs["plan"].add_argument_group("against another policy, which needs neither root nor this host")
     against.add_argument(
         "--against",
@@ -716,6 +763,16 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     against.add_argument("--facts", type=Path, metavar="FILE", help="fill in what idmark facts printed, on both sides")
     against.add_argument("--format", choices=("text", "markdown", "html"), help="for a terminal, a comment, a browser")
     against.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write it there; else stdout")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text}: seconds, more than 0 and {MOST_SECONDS} at most")
+    return seconds
 
 
 def _duration(text: str) -> float:

@@ -1,13 +1,19 @@
-"""Explain a packet's way: by the desired state step by step, beside what the kernel itself answers."""
+"""Explain a packet's way: through the text that would be loaded, and what is loaded, beside the kernel's own answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from agent.artefact import Artefact, SetMark
 from agent.desired import Desired, Standing, downstream_routes, sources_of
-from agent.model import METRIC_LAST, Address, Facts, Family, Lookup, Route, Rule
+from agent.given import Given
+from agent.lookups import agrees
+from agent.model import METRIC_LAST, Address, Facts, Family, Lookup, Route, Rule, address_text
 from agent.prefixes import lookup
+from agent.walk import LO, LOCAL, OUT, Attempt, Fate, Hooks, Step, Tables
+from agent.walk import Packet as Walker
+from agent.wanted import Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,17 @@ class Explanation:
     steps: tuple[tuple[str, str], ...]
     agrees: bool | None
 
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        yield str(self.packet)
+        for what, words in self.steps:
+            yield f"  {what:<10} {words}"
+
+    def plain(self) -> dict[str, object]:
+        """For a program."""
+        steps = [{"what": what, "words": words} for what, words in self.steps]
+        return {"packet": str(self.packet), "identity": self.identity, "steps": steps, "agrees": self.agrees}
+
 
 #: linux/rtnetlink.h, RT_TABLE_LOCAL: the host's own addresses, looked up before any rule of ours.
 TABLE_LOCAL = 255
@@ -47,60 +64,135 @@ TABLE_LOCAL = 255
 Ask = Callable[[Packet, int], Lookup]
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the kernel has, in what its chains are not the rendered ones, and whom to ask for its own answer."""
+
+    artefact: Artefact
+    strange: tuple[str, ...]
+    ask: Ask
+
+
 def explain(
-    desired: Desired,
-    packet: Packet,
-    local: Container[Address] = (),
-    rules: Iterable[tuple[Rule, bool]] = (),
-    ask: Ask | None = None,
+    desired: Desired, facts: Facts | None, rendered: Artefact, packet: Packet, loaded: Loaded | None = None
 ) -> Explanation:
-    """The packet's way. `local` are all of the host's addresses, `rules` all its rules, in order, with whether they
-    are ours; `ask` asks the kernel.
-    """
+    """The packet's way through the rendered texts, and what is otherwise in the kernel."""
     decision = decide(desired, packet)
     steps = [("identity", decision.why)]
-    if decision.standing is None:
+    family = Family.of(packet.source)
+    wanted = Wanted(family, desired, facts or Facts())
+    way = _Way(wanted, rendered, packet)
+    identity = decision.standing.identity if decision.standing else None
+    mask = desired.policy.kernel.mark_mask
+    if identity is None:
         steps.append(("mark", "none: the host's other rules and tables decide"))
-        answer = ask(packet, 0) if ask else None
+        answer = loaded.ask(packet, 0) if loaded else None
         steps += [("kernel", str(answer))] if answer else []
         return Explanation(packet, None, tuple(steps), None)
-    identity = decision.standing.identity
-    family = Family.of(packet.source)
-    hook = "prerouting" if packet.arriving else "output"
-    steps.append(("mark", f"{identity.fwmark}, written in hook {hook} by chain id-{identity.name}"))
-    if packet.destination in local:
+    assert decision.standing  # noqa: S101
+    mark = identity.fwmark.value
+    found = _Way(wanted, loaded.artefact, packet) if loaded else way
+    steps.append(("mark", _written(found, mark, mask, loaded.strange if loaded else ())))
+    answer = loaded.ask(packet, mark) if loaded else None
+    if way.fate.what == LOCAL:
         steps.append(("rule", "priority 0 from all lookup local: it is for this host"))
-        answer = ask(packet, identity.fwmark.value) if ask else None
-        agrees = answer.table == TABLE_LOCAL if answer else None
-        steps += _verdict(agrees, answer)
-        return Explanation(packet, identity.name, tuple(steps), agrees)
-    mine = [rule for rule in desired.rules if rule.table == identity.table and rule.family is family]
-    matching = sorted(
-        (r for r in mine if _matches(r, packet, identity.fwmark.value)), key=lambda r: r.fwmark is not None
-    )
-    rules = tuple(rules)
-    there = {rule for rule, ours in rules if ours}
-    steps += [("rule", str(rule) if not rules or rule in there else f"NOT THERE: {rule}") for rule in matching]
-    if not matching:
-        steps.append(("rule", f"none: {family} is not {identity.name}'s own"))
-    foreign = tuple(_foreign_first(rules, matching, packet, identity.fwmark.value))
+        agreed = answer.table == TABLE_LOCAL if answer else None
+        return Explanation(packet, identity.name, (*steps, *_verdict(agreed, answer)), agreed)
+    foreign = tuple(_foreign_first(way.attempts, found.attempts))
+    rules = [attempt.rule for attempt in way.attempts if attempt.rule.table == identity.table]
+    steps += [("rule", words) for words in _rules(rules, loaded, f"{family} is not {identity.name}'s own")]
     steps += [("before it", f"a rule of somebody else's: {words}") for words in foreign]
-    route = route_of(desired, identity.table, packet.destination)
-    steps.append(("route", str(route) if route else f"none in table {identity.table}: falls through to the next rules"))
+    route = way.fate.route
+    none = f"none in table {identity.table}: falls through to the next rules"
+    steps.append(("route", str(route) if route else none))
     steps.append(("link", _leaves(desired, decision.standing, route)))
-    answer = ask(packet, identity.fwmark.value) if ask else None
-    agrees = _agrees(route, answer, identity.table) if answer else None
-    steps += _verdict(agrees, answer)
-    if agrees is False and foreign:
-        steps.append(("remedy", "move the rule that comes first behind ours, or ours before it (rule_priority)"))
-    elif agrees is False and answer and answer.table == identity.table:
-        steps.append(
-            ("remedy", f"another route in table {identity.table} leads there: ip route show table {identity.table}")
-        )
-    elif agrees is False:
-        forwarding = "is forwarding on, is its link right, " if packet.arriving else ""
-        steps.append(("remedy", f"{forwarding}is everything in force (idmark plan)?"))
-    return Explanation(packet, identity.name, tuple(steps), agrees)
+    steps += [("out", words) for words in way.out(route)]
+    agreed = agrees(way.fate, identity.table, answer) if answer else None
+    steps += _verdict(agreed, answer)
+    if agreed is False and answer:
+        steps.append(("remedy", _remedy(packet, bool(foreign), answer.table == identity.table, identity.table)))
+    return Explanation(packet, identity.name, tuple(steps), agreed)
+
+
+class _Way:
+    """One packet's way through an artefact: which rules of chains did something to it, its mark then, the routing rules
+    that took it, and what became of it.
+    """
+
+    def __init__(self, wanted: Wanted, artefact: Artefact, packet: Packet) -> None:
+        self._packet, self._hooks = packet, Hooks(artefact)
+        self._given = {
+            "source": int(packet.source),
+            "destination": int(packet.destination),
+            "original": None,
+            "iif": packet.arriving or LO,
+            "mark": 0,
+        }
+        walker = Walker(wanted.family, Given.of(**self._given))
+        self._hooks.call("prerouting" if packet.arriving else "output", walker)
+        self.trail: tuple[Step, ...] = tuple(walker.trail)
+        self.mark = walker.mark.of(0)
+        tables = Tables(wanted.family, artefact, wanted.local, wanted.fleeting)
+        self.fate: Fate = tables.lookup(walker.given, self.mark)
+        # What this host sends is looked up before it has a mark, and again after it got one.
+        marks = (self.mark,) if packet.arriving else (0, self.mark)
+        lookups = (_up_to_fate(tables.attempts(walker.given, mark)) for mark in marks)
+        self.attempts: tuple[Attempt, ...] = tuple(dict.fromkeys(attempt for each in lookups for attempt in each))
+
+    def out(self, route: Route | None) -> Iterator[str]:
+        """What happens to it as it leaves by the first of a route's hops."""
+        if self.fate.what != OUT or route is None:
+            return
+        family = Family.of(self._packet.source)
+        given = Given.of(**{**self._given, "mark": self.mark, "oif": route.hops[0].link})
+        walker = Walker(family, given)
+        passed = self._hooks.call("postrouting", walker)
+        translated = [f"as {address_text(family, walker.source)}"] if isinstance(walker.source, int) else []
+        counted = [f"counted by {name}" for name in walker.counted]
+        yield ", ".join(("passes" if passed else "DROPPED", *translated, *counted))
+
+
+def _up_to_fate(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+    for attempt in attempts:
+        yield attempt
+        if attempt.fate:
+            return
+
+
+def _written(found: _Way, mark: int, mask: int, strange: tuple[str, ...]) -> str:
+    """Which mark it gets, and where."""
+    words = f"{mark:#x}/{mask:#x}"
+    if strange:
+        return f"NOT SO: {words} is wanted, and {strange[0]}"
+    if found.mark & mask != mark:
+        return f"NOT SO: {words} is wanted, and what is loaded makes it {found.mark:#x}"
+    step = next((step for step in reversed(found.trail) if isinstance(step.line.action, SetMark)), None)
+    return f"{words}, written in hook {step.hook} by chain {step.chain}" if step else words
+
+
+def _rules(rules: Iterable[Rule], loaded: Loaded | None, none: str) -> Iterator[str]:
+    """The rules that take it; those that are not in the kernel are told."""
+    for rule in rules:
+        yield str(rule) if not loaded or rule in loaded.artefact.rules else f"NOT THERE: {rule}"
+    if not rules:
+        yield f"none: {none}"
+
+
+def _foreign_first(ours: Iterable[Attempt], found: Iterable[Attempt]) -> Iterator[str]:
+    """Rules that are not ours, take the packet and come before ours; the local table's (priority 0) always does."""
+    first = min((attempt.rule.priority for attempt in ours), default=METRIC_LAST)
+    for attempt in found:
+        if attempt.foreign and 0 < attempt.rule.priority < first:
+            yield str(attempt.rule).rpartition(" protocol ")[0]
+
+
+def _remedy(packet: Packet, foreign: bool, in_table: bool, table: int) -> str:
+    if foreign:
+        return "move the rule that comes first behind ours, or ours before it (rule_priority)"
+    if in_table:
+        return f"another route in table {table} leads there: ip route show table {table}"
+    forwarding = "is forwarding on, is its link right, " if packet.arriving else ""
+    return f"{forwarding}is everything in force (idmark plan)?"
 
 
 def decide(desired: Desired, packet: Packet) -> Decision:
@@ -128,35 +220,19 @@ def route_of(desired: Desired, table: int, destination: Address) -> Route | None
     return min(candidates, key=lambda route: (-route.destination.length, route.metric), default=None)
 
 
-def arrival(desired: Desired, facts: Facts, source: Address) -> str | None:
-    """The link on which a source must arrive that is not this host's: where its network is, behind this gateway."""
+def arrival(desired: Desired, facts: Facts | None, source: Address) -> str | None:
+    """The link on which a source must arrive that is not this host's: where its network is, behind this gateway; while
+    the host is not known, the first of the policy's downstream links.
+    """
+    if facts is None:
+        own = any(source in standing.addresses for standing in desired.standings)
+        return None if own else next(iter(desired.policy.downstream or ()), None)
     if any(source == item.address for link in facts.links for item in link.addresses):
         return None
     family = Family.of(source)
     routes = [route for route in downstream_routes(desired.policy, facts, family) if source in route.destination]
     best = max(routes, key=lambda route: route.destination.length, default=None)
     return best.hops[0].link if best else None
-
-
-def _matches(rule: Rule, packet: Packet, mark: int) -> bool:
-    """Whether a rule takes the packet; what a foreign rule asks besides (`extra`) is taken for granted."""
-    if rule.source is not None and packet.source not in rule.source:
-        return False
-    if rule.fwmark is not None and mark & rule.fwmark.mask != rule.fwmark.value:
-        return False
-    if mark & rule.unmarked or rule.iif not in ("", packet.arriving or "lo"):
-        return False
-    return rule.family is Family.of(packet.source)
-
-
-def _foreign_first(
-    rules: Iterable[tuple[Rule, bool]], matching: list[Rule], packet: Packet, mark: int
-) -> Iterator[str]:
-    """Rules that are not ours, take the packet and come before ours; the local table's (priority 0) always does."""
-    first = min((rule.priority for rule in matching), default=METRIC_LAST)
-    for rule, ours in rules:
-        if not ours and 0 < rule.priority < first and _matches(rule, packet, mark):
-            yield str(rule).rpartition(" protocol ")[0]
 
 
 def _leaves(desired: Desired, standing: Standing, route: Route | None) -> str:
@@ -173,13 +249,5 @@ def _leaves(desired: Desired, standing: Standing, route: Route | None) -> str:
     return f"{links}, a road that when_down names" if not route.destination.length else f"{links}, behind this gateway"
 
 
-def _agrees(route: Route | None, answer: Lookup, table: int) -> bool:
-    if route is None:
-        return answer.table != table
-    if route.kind != "unicast":
-        return bool(answer.error)
-    return answer.table == table and (answer.link, answer.via) in {(hop.link, hop.via) for hop in route.hops}
-
-
-def _verdict(agrees: bool | None, answer: Lookup | None) -> list[tuple[str, str]]:
-    return [] if answer is None else [("kernel", f"{'agrees' if agrees else 'DISAGREES'}: {answer}")]
+def _verdict(agreed: bool | None, answer: Lookup | None) -> list[tuple[str, str]]:
+    return [] if answer is None else [("kernel", f"{'agrees' if agreed else 'DISAGREES'}: {answer}")]

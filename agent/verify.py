@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple
+from itertools import islice, product
 
 from agent import walk
 from agent.artefact import ALL_BITS, Artefact
 from agent.cut import Kind, cut
-from agent.desired import GUARDED, PRIORITY_MAIN, Desired, detours, downstream_routes, priority_behind, sources_of
-from agent.model import Facts, Family, Identity, Prefix, Route, address_text
+from agent.desired import GUARDED, PRIORITY_MAIN, Desired, priority_behind, sources_of
+from agent.given import Choices, Given, follow
+from agent.model import Facts, Family, Identity, Prefix, address_text
 from agent.prefixes import outermost
 from agent.ruleset import counter_name
-from agent.walk import DSTNAT, LOCAL, MAIN, MANGLE, OUT, REFUSED, SRCNAT, Fate, Given, Packet, State, follow
+from agent.walk import AS_CARRIED, DSTNAT, LOCAL, MANGLE, NOTHING, REFUSED, SRCNAT, Fate, Networks, Packet
+from agent.wanted import Wanted, same
 
 #: So many packets that go wrong are printed for a person.
 SHOWN = 10
 #: A link that no policy can name (it is too long for one): one of those that nobody has thought of.
 ELSEWHERE = "some-other-link-"
-#: A mark's bits that are somebody else's, or an identity's, in words of what a packet may carry.
-NOTHING, EVERYTHING, OWN = "nothing", "everything", "the mark of the link's identity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,8 @@ class Counterexample:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was shown: classes of addresses by family, ways of packets that were followed, and where it failed.
+    """What was shown: classes of addresses by family, ways that packets take, all of which were followed, and where it
+    failed.
 
     `limits` are what the policy itself leaves open, in words.
     """
@@ -104,47 +104,36 @@ def text(proof: Proof) -> Iterator[str]:
     yield f"{word}: {classes} classes of addresses, every address in exactly one; {proof.ways} ways of packets followed"
 
 
-class _Road(NamedTuple):
-    """A network that the host knows, and by which hops; those of an identity's own link or behind this gateway."""
-
-    prefix: Prefix
-    hops: frozenset[tuple[str, object]]
-
-
 class World:
     """One family of a policy, the host, and the artefact: what is wanted, and the packets there are."""
 
     def __init__(self, family: Family, desired: Desired, facts: Facts, artefact: Artefact) -> None:
         self.family, self.desired, self.policy = family, desired, desired.policy
+        self.wanted = Wanted(family, desired, facts)
         self.hooks = walk.Hooks(artefact)
+        self.tables = walk.Tables(family, artefact, self.wanted.local, self.wanted.fleeting)
         self.standings = {standing.identity.name: standing for standing in desired.standings}
         self.identities = tuple(standing.identity for standing in desired.standings)
         self.mask = self.policy.kernel.mark_mask
         self.foreign = ALL_BITS & ~self.mask
         self.marks = {identity.fwmark.value: identity for identity in self.identities}
         self.links = frozenset(identity.link for identity in self.identities)
-        self.own = {
-            int(address): standing.identity.name for standing in desired.standings for address in standing.own(family)
-        }
-        there = {
-            int(item.address) for link in facts.links for item in link.addresses if Family.of(item.address) is family
-        }
-        self.local = frozenset({*there, *self.own} if not facts.links else there)
-        self.tables = walk.Tables(artefact, ((family, address) for address in self.local))
-        self.behind = tuple(map(_road, downstream_routes(self.policy, facts, family)))
-        self.connected = {link: tuple(_connected(facts, link, family)) for link in self.links}
         members = {p for identity in self.identities for p in identity.members if p.family is family}
         guarded = tuple(islice(outermost(members), GUARDED + 1))
         self.members = len(guarded)
         last = priority_behind(self.identities) + 3
         self.guarded = self.policy.kernel.enforce and 0 < self.members <= GUARDED and last < PRIORITY_MAIN
+        self.behind = Networks(self.wanted.behind)
         self.kinds = self._cut(artefact)
-        self.kind_of = {kind.example: kind for kind in self.kinds}
-        self.behind_links = (
+        self._owners: dict[int, str | None] = {kind.example: kind.owner for kind in self.kinds}
+        self._owners.update(self.wanted.own)
+        behind = (
             frozenset(self.policy.downstream)
             if self.policy.downstream is not None
             else frozenset(link.name for link in facts.links) - self.links - {walk.LO}
         )
+        #: The links that a packet may arrive on or leave by.
+        self.roads = (ELSEWHERE, *sorted(self.links | behind))
 
     def _cut(self, artefact: Artefact) -> tuple[Kind, ...]:
         labels: dict[Prefix, list[object]] = {}
@@ -155,15 +144,16 @@ class World:
             if route.family is self.family and route.destination.length:
                 said = ("route", route.table, route.metric, route.kind, route.hops, route.source)
                 labels.setdefault(route.destination, []).append(said)
-        for road in (*self.behind, *(road for roads in self.connected.values() for road in roads)):
-            labels.setdefault(road.prefix, []).append(("road", road.hops))
+        roads = (road for roads in self.wanted.connected.values() for road in roads)
+        for prefix, hops in (*self.wanted.behind, *roads):
+            labels.setdefault(prefix, []).append(("road", hops))
         for standing in self.desired.standings:
             probe = standing.identity.probe
             if probe and Family.of(probe.target) is self.family:
                 labels.setdefault(Prefix.host(probe.target), []).append(("probe", standing.identity.name))
-        for address in (*self.local, *self.own):
+        for address in (*self.wanted.local, *self.wanted.own):
             host = Prefix(self.family, address, self.family.bits)
-            labels.setdefault(host, []).append(("here", address in self.local, self.own.get(address)))
+            labels.setdefault(host, []).append(("here", address in self.wanted.local, self.wanted.own.get(address)))
         for value in _compared(artefact, self.family):
             labels.setdefault(Prefix(self.family, value, self.family.bits), []).append(("word", value))
         spans = [
@@ -178,7 +168,7 @@ class World:
 
     # --- the packets there are ---
 
-    def examples(self, *said: str, owned: bool = True) -> tuple[int, ...]:
+    def examples(self, *said: str, owned: bool = True) -> list[tuple[int]]:
         """An address of each kind, as far as the kinds differ in owner and verdict and in what is said of them."""
         starts = tuple(f"('{word}'" for word in said)
         chosen: dict[object, int] = {}
@@ -189,75 +179,46 @@ class World:
                 if isinstance(label, tuple) and (relevant := tuple(each for each in label if each.startswith(starts)))
             )
             chosen.setdefault((seen, (kind.owner, kind.verdict) if owned else None), kind.example)
-        return tuple(chosen.values())
+        return [(example,) for example in chosen.values()]
+
+    def sources(self) -> list[tuple[int]]:
+        """An address of each kind that a source may be, for rules and tables."""
+        return self.examples("rule", "here")
+
+    def destinations(self) -> list[tuple[int]]:
+        """An address of each kind that a destination may be, for rules and tables."""
+        return self.examples("route", "road", "here", "probe", owned=False)
 
     def owner(self, address: object) -> Identity | None:
-        """Whose an address is, by the longest prefix of the policy."""
+        """Whose an address is, one of the kinds' examples or an identity's own, by the longest prefix of the policy."""
         assert isinstance(address, int)  # noqa: S101
-        name = self.kind_of[address].owner
+        name = self._owners[address]
         return self.standings[name].identity if name else None
+
+    def owner_name(self, address: object) -> str | None:
+        """The same by name; of an address that isn't there, nobody's."""
+        owner = None if address is None else self.owner(address)
+        return owner.name if owner else None
+
+    def whose(self, given: Given, name: str) -> Identity | None:
+        """Whose the address of a property is."""
+        found = given.tell((name,), self.owner_name)
+        return self.standings[found].identity if found else None
+
+    def marked(self, given: Given) -> Identity | None:
+        """Whose mark a packet carries."""
+        name = given.tell(("mark",), self._named)
+        return self.standings[name].identity if name else None
+
+    def _named(self, mark: object) -> str | None:
+        assert isinstance(mark, int)  # noqa: S101
+        found = self.marks.get(mark & self.mask)
+        return found.name if found else None
 
     @property
     def nobodys(self) -> int | None:
         """An address of nobody's."""
         return next((kind.example for kind in self.kinds if kind.owner is None and kind.verdict is None), None)
-
-    def states(self) -> tuple[State, ...]:
-        """What may happen to the host: each link of the tables down, all of the identities', an identity's addresses
-        gone.
-        """
-        links = {hop for roads in self.connected.values() for road in roads for hop, _ in road.hops} | self.links
-        links |= {link for road in self.behind for link, _ in road.hops}
-        down = [State(frozenset({link}), words=f"while {link} is down") for link in sorted(links)]
-        missing = [
-            State(
-                missing=frozenset(map(int, s.own(self.family))), words=f"while {s.identity.name}'s addresses are gone"
-            )
-            for s in self.desired.standings
-            if s.own(self.family)
-        ]
-        return (State(), *down, State(self.links, words="while every identity's link is down"), *missing)
-
-    # --- what is wanted ---
-
-    def host(self, given: Given) -> Fate:
-        """What is wanted of a packet that is nobody's."""
-        destination, state = given["destination"], _state(given)
-        return Fate(LOCAL if destination in self.local and destination not in state.missing else MAIN)
-
-    def way(self, identity: Identity, given: Given) -> tuple[Fate, ...]:
-        """What the policy wants of an identity's packet: one thing, or, while addresses are gone, one of some."""
-        if self.host(given).what == LOCAL:
-            return (Fate(LOCAL),)
-        destination, state = _number(given["destination"]), _state(given)
-        way = self.standings[identity.name].way(self.family)
-        if way is None:
-            return (Fate(MAIN),)  # the family is not its own: nothing of ours says anything of it
-        networks = [*self.connected[identity.link], *self.behind]
-        probing = frozenset((hop.link, hop.via) for hop in way.probing)
-        if identity.probe and probing and int(identity.probe.target) == destination:
-            networks.insert(0, _Road(Prefix.host(identity.probe.target), probing))
-        fitting = [
-            (road.prefix.length, road.hops)
-            for road in networks
-            if road.prefix.address <= destination <= road.prefix.last
-        ]
-        found = [hops for length, road in fitting if (hops := _up(road, state))]
-        if found and not state.missing:
-            longest = max(length for length, road in fitting if _up(road, state))
-            return tuple(
-                Fate(OUT, hops) for length, road in fitting if length == longest and (hops := _up(road, state))
-            )
-        others, main_last = detours(self.policy, identity)
-        roads = [hops for each in (identity, *others) if (hops := self._default(each, state))]
-        closed = Fate(MAIN if main_last else REFUSED)
-        if state.missing:
-            return (*(Fate(OUT, hops) for hops in (*found, *roads)), closed)
-        return (Fate(OUT, roads[0]),) if roads else (closed,)
-
-    def _default(self, identity: Identity, state: State) -> frozenset[tuple[str, object]]:
-        way = self.standings[identity.name].way(self.family)
-        return _up(frozenset((hop.link, hop.via) for hop in way.hops), state) if way else frozenset()
 
     def limits(self) -> Iterator[str]:
         """What the policy leaves open by itself."""
@@ -267,40 +228,25 @@ class World:
 
     # --- words ---
 
-    def words(self, given: Given, mark: int = 0) -> str:
+    def words(self, given: Given, mark: object = None) -> str:
         """A packet as an operator would describe it."""
-        source, destination = (
-            address_text(self.family, value) if isinstance(value := given.get(name), int) else "any"
-            for name in ("source", "destination")
-        )
-        iif = given.get("iif")
-        words = [f"{source} -> {destination}"]
-        if iif:
-            words.append("sent by this host" if iif == walk.LO else f"arriving on {iif}")
-        if isinstance(original := given.get("original"), int):
-            words.append(f"a reply of a connection made to {address_text(self.family, original)}")
-        if given.get("oif"):
-            words.append(f"leaving by {given['oif']}")
-        if isinstance(translated := given.get("snat"), int):
-            words.append(f"translated to {address_text(self.family, translated)} by somebody's rule")
-        if mark:
-            words.append(f"fwmark {mark:#x}")
-        state = given.get("state")
-        if isinstance(state, State) and state.words:
-            words.append(state.words)
+        known = {name: given.example(name) for name in ("source", "destination", "original", "snat", "iif", "oif")}
+        texts = {name: address_text(self.family, value) for name, value in known.items() if isinstance(value, int)}
+        words = [f"{texts.get('source', 'any')} -> {texts.get('destination', 'any')}"]
+        if known["iif"]:
+            words.append("sent by this host" if known["iif"] == walk.LO else f"arriving on {known['iif']}")
+        if "original" in texts:
+            words.append(f"a reply of a connection made to {texts['original']}")
+        if known["oif"]:
+            words.append(f"leaving by {known['oif']}")
+        if "snat" in texts:
+            words.append(f"translated to {texts['snat']} by somebody's rule")
+        carried = given.example("mark") if mark is None else mark
+        if carried:
+            words.append(f"fwmark {carried:#x}")
+        for what, whom in given.happened:
+            words.append(f"while {whom} is {what}")
         return ", ".join(words)
-
-    def initial(self, given: Given) -> int:
-        """The mark that a packet carries before our hooks."""
-        match given["mark"]:
-            case "nothing":
-                return 0
-            case "everything":
-                return ALL_BITS
-            case int(value):
-                return value
-        mine = next((each.fwmark.value for each in self.identities if each.link == given["iif"]), 0)
-        return mine | self.foreign
 
 
 def _compared(artefact: Artefact, family: Family) -> Iterator[int]:
@@ -311,35 +257,9 @@ def _compared(artefact: Artefact, family: Family) -> Iterator[int]:
                 yield from map(_number, match.values)
 
 
-def _state(given: Given) -> State:
-    state = given["state"]
-    assert isinstance(state, State)  # noqa: S101
-    return state
-
-
-def _road(route: Route) -> _Road:
-    return _Road(route.destination, frozenset((hop.link, hop.via) for hop in route.hops))
-
-
-def _connected(facts: Facts, link: str, family: Family) -> Iterator[_Road]:
-    """The networks that main has straight on a link."""
-    for route in facts.routes:
-        hops = [hop for hop in route.hops if hop.link == link]
-        link_local = family is Family.IPV6 and route.destination.address >> 118 == 0xFE80 >> 6
-        straight = hops and not any(hop.via for hop in hops)
-        if route.family is family and route.destination.length and straight and not link_local:
-            yield _Road(route.destination, frozenset((hop.link, hop.via) for hop in hops))
-
-
-def _up(hops: frozenset[tuple[str, object]], state: State) -> frozenset[tuple[str, object]]:
-    return frozenset(hop for hop in hops if hop[0] not in state.down)
-
-
-def _same(found: Fate, wanted: Iterable[Fate]) -> bool:
-    """Whether it is one of what is wanted; the hops of one network may stand in several routes."""
-    wanted = tuple(wanted)
-    hops = frozenset(hop for fate in wanted for hop in fate.hops)
-    return any(found.what == fate.what for fate in wanted) and found.hops <= hops
+def _number(value: object) -> int:
+    assert isinstance(value, int)  # noqa: S101
+    return value
 
 
 def _either(wanted: Iterable[Fate]) -> str:
@@ -347,10 +267,15 @@ def _either(wanted: Iterable[Fate]) -> str:
 
 
 Verdicts = Iterator[Counterexample | None]
+Claim = Callable[[Given], Counterexample | None]
 
 
-def _checked(run: Callable[[Given], Counterexample | None], choices: Mapping[str, Iterable[object]]) -> Verdicts:
-    return (found for _, found in follow(run, choices))
+def _checked(run: Claim, choices: Mapping[tuple[str, ...], Iterable[tuple[object, ...]]]) -> Verdicts:
+    return (found for _, found in follow(run, Choices(choices)))
+
+
+def _or_none(examples: Iterable[tuple[int]]) -> list[tuple[int | None]]:
+    return [(None,), *examples]
 
 
 # --- the marks of what arrives ---------------------------------------------------------------------------------------
@@ -359,78 +284,93 @@ def _checked(run: Callable[[Given], Counterexample | None], choices: Mapping[str
 def _arriving(world: World) -> Verdicts:
     """Prerouting gives a packet the mark of its identity and no other, whatever it carried and a neighbour restored."""
 
+    def at_home(iif: object, destination: object) -> str | None:
+        """The identity on whose own link a packet arrives for it."""
+        owner = world.owner(destination) if iif in world.links else None
+        return owner.name if owner and owner.link == iif else None
+
     def run(given: Given) -> Counterexample | None:
-        packet = Packet(world.family, given, mark=world.initial(given))
-        world.hooks.call("prerouting", packet, _neighbours(world, packet.mark))
-        owner, on_own_link = _owner_arriving(world, given)
-        counted = [counter_name(owner.name, world.family, "receive")] if owner and on_own_link else []
-        if owner and world.standings[owner.name].way(world.family) is None:
+        home = given.tell(("iif", "destination"), at_home)
+        packet = Packet(world.family, given, known=home)
+        world.hooks.call("prerouting", packet, _neighbours(world))
+        owner = world.standings[home].identity if home else _owner_by_source(world, given)
+        counted = [counter_name(home, world.family, "receive")] if home else []
+        if home and world.standings[home].way(world.family) is None:
             counted = []
         return _marked(world, given, packet, owner.fwmark.value if owner else 0) or _counted(
             world, given, packet, counted
         )
 
-    links = (*sorted(world.links | world.behind_links), ELSEWHERE)
     return _checked(
         run,
         {
-            "iif": links,
-            "mark": (NOTHING, EVERYTHING, OWN),
-            "source": world.examples(),
-            "destination": world.examples(),
-            "original": (None, *world.examples()),
+            ("iif", "destination"): [
+                (link, *destination) for link, destination in product(_last(world.roads), world.examples())
+            ],
+            ("mark",): [(0,), (ALL_BITS,), *((mark | world.foreign,) for mark in world.marks)],
+            ("source",): world.examples(),
+            ("original",): _or_none(world.examples()),
         },
     )
 
 
-def _owner_arriving(world: World, given: Given) -> tuple[Identity | None, bool]:
-    """Whose a packet is that arrives, and whether that is so because of its destination."""
-    if given["iif"] in world.links:
-        owner = world.owner(given["destination"])
-        if owner and owner.link == given["iif"]:
-            return owner, True
-    return _owner_by_source(world, given), False
+def _last(roads: tuple[str, ...]) -> tuple[str, ...]:
+    """The links, and last the one that nobody knows."""
+    return (*roads[1:], roads[0])
 
 
 def _owner_by_source(world: World, given: Given) -> Identity | None:
-    original = given["original"]
-    return (world.owner(original) if original is not None else None) or world.owner(given["source"])
+    return world.whose(given, "original") or world.whose(given, "source")
 
 
-def _neighbours(world: World, mark: int) -> tuple[walk.Neighbour, ...]:
+def _neighbours(world: World) -> tuple[walk.Neighbour, ...]:
     """A neighbour that restores a whole mark at mangle, and one that forwards ports at dstnat."""
 
     def restore(packet: Packet) -> None:
-        packet.mark = mark
+        packet.mark = AS_CARRIED
 
     def forward(packet: Packet) -> None:
-        if packet.given["original"] is None:
+        if world.nobodys is not None and packet.given.within("original", NOTHING):
             packet.destination = world.nobodys
 
     return ((MANGLE, restore), (DSTNAT, forward))
 
 
-def _marked(world: World, given: Given, packet: Packet, wanted: int) -> Counterexample | None:
-    """A packet that has not the mark that it is to have, or has lost a neighbour's bits."""
-    carried = world.initial(given)
-    if packet.mark & world.mask == wanted and packet.mark & world.foreign == carried & world.foreign:
+def _marked(world: World, given: Given, packet: Packet, wanted: int, *, kept: bool = False) -> Counterexample | None:
+    """A packet that has not the mark that it is to have (or, if that is to be `kept`, not the one that it carried), or
+    has lost a neighbour's bits.
+    """
+
+    def is_right(carried: object) -> bool:
+        mark = packet.mark.of(_number(carried))
+        own = _number(carried) & world.mask if kept else wanted
+        return mark == _number(carried) & world.foreign | own
+
+    # What is written whole is right or wrong for all of them.
+    written = packet.mark == AS_CARRIED.written(world.foreign, 0 if kept else wanted)
+    if (written and not kept) or given.tell(("mark",), is_right):
         return None
+    carried = _number(given.example("mark"))
     return Counterexample(
-        world.words(given, carried),
-        f"fwmark {wanted:#x}/{world.mask:#x}, other bits as they were",
-        f"fwmark {packet.mark:#x}",
-        tuple(packet.trail),
+        world.words(given),
+        f"fwmark {carried & world.mask if kept else wanted:#x}/{world.mask:#x}, other bits as they were",
+        f"fwmark {packet.mark.of(carried):#x}",
+        _trail(packet),
     )
+
+
+def _trail(packet: Packet) -> tuple[str, ...]:
+    return tuple(map(str, packet.trail))
 
 
 def _counted(world: World, given: Given, packet: Packet, wanted: list[str]) -> Counterexample | None:
     if packet.counted == wanted:
         return None
     return Counterexample(
-        world.words(given, packet.mark),
+        world.words(given),
         f"counted by {' and '.join(wanted) or 'none'}",
         f"counted by {' and '.join(packet.counted) or 'none'}",
-        tuple(packet.trail),
+        _trail(packet),
     )
 
 
@@ -443,70 +383,90 @@ def _sent(world: World) -> Verdicts:
     """
 
     def run(given: Given) -> Counterexample | None:
-        carried = world.initial(given)
-        packet = Packet(world.family, given, mark=carried)
-        world.hooks.call("output", packet, _neighbours(world, carried))
+        given.within("iif", frozenset({walk.LO}))
+        packet = Packet(world.family, given)
+        world.hooks.call("output", packet, _neighbours(world))
         owner = _owner_by_source(world, given)
-        given = Given({**given, "iif": walk.LO})
-        wrong = _marked(world, given, packet, owner.fwmark.value if owner else carried & world.mask)
-        if wrong is None and packet.mark != carried and "route" not in world.hooks.kinds("output"):
-            found = "the route of before: only a chain of type route has it looked for again"
-            return Counterexample(world.words(given, carried), "a route for its new mark", found, tuple(packet.trail))
-        return wrong
+        wrong = _marked(world, given, packet, owner.fwmark.value if owner else 0, kept=owner is None)
+        if wrong or "route" in world.hooks.kinds("output") or not given.tell(("mark",), _is_written(packet)):
+            return wrong
+        found = "the route of before: only a chain of type route has it looked for again"
+        return Counterexample(world.words(given), "a route for its new mark", found, _trail(packet))
 
     return _checked(
         run,
         {
-            "mark": (NOTHING, EVERYTHING, *(identity.fwmark.value for identity in world.identities)),
-            "source": world.examples(),
-            "destination": world.examples(),
-            "original": (None, *world.examples()),
+            ("iif",): [(walk.LO,)],
+            ("mark",): [(0,), (ALL_BITS,), *((mark,) for mark in world.marks)],
+            ("source",): world.examples(),
+            ("destination",): world.examples(),
+            ("original",): _or_none(world.examples()),
         },
     )
+
+
+def _is_written(packet: Packet) -> Callable[[object], bool]:
+    return lambda carried: packet.mark.of(_number(carried)) != carried
 
 
 # --- which way it goes then ------------------------------------------------------------------------------------------
 
 
-def _routed(world: World) -> Verdicts:
+def _claim_of_routes(world: World) -> Claim:
     """A marked packet goes its identity's way; one without a mark, which is nobody's, is left to the host."""
+    own = {name: frozenset(a for a, owner in world.wanted.own.items() if owner == name) for name in world.standings}
+    every = frozenset(world.wanted.own)
 
     def run(given: Given) -> Counterexample | None:
-        mark = given["mark"]
-        assert isinstance(mark, int)  # noqa: S101
-        owner = world.marks.get(mark)
-        for other in (0, world.foreign):
-            found = world.tables.lookup(world.family, given, mark | other)
-            source = given.get("source")
-            if source in world.own and (given["iif"] != walk.LO or owner is None or world.own[source] != owner.name):
+        owner = world.marked(given)
+        if given.within("source", every):
+            if owner is None or not given.within("source", own[owner.name]) or not given.within("iif", JUST_LO):
                 # Arriving it is a martian: it claims to come from this host. Sent, its own address' rule comes before
                 # that of a mark that is another's: a documented limit; or it has no mark yet, of which see below.
                 return None
-            if owner is None and source is not None and world.owner(source):
-                return None  # an identity's has its mark by now
-            wanted = world.way(owner, given) if owner else (world.host(given),)
-            if not _same(found, wanted):
-                return _lost(world, given, Packet(world.family, given, mark | other), wanted, found)
+        elif owner is None and world.whose(given, "source"):
+            return None  # an identity's has its mark by now
+        for mark in _with_foreign(world, owner.fwmark.value if owner else 0):
+            found = world.tables.lookup(given, mark)
+            wanted = world.wanted.way(owner, given) if owner else (world.wanted.host(given),)
+            if not same(found, wanted):
+                return _lost(world, given, mark, wanted, found)
         return None
 
-    return _checked(
-        run,
-        {
-            "mark": (0, *world.marks),
-            "iif": (walk.LO, ELSEWHERE, *sorted(world.links | world.behind_links)),
-            "source": world.examples("rule", "here"),
-            "destination": world.examples("route", "road", "here", "probe", owned=False),
-            "state": world.states(),
-        },
-    )
+    return run
+
+
+#: What this host sends itself.
+JUST_LO = frozenset({walk.LO})
+
+
+def ways_routed(world: World) -> Iterator[tuple[Given, Counterexample | None]]:
+    """Each way that marked packets take through rules and tables, with whom takes it."""
+    marks = [(0,), *((mark,) for mark in world.marks)]
+    return follow(_claim_of_routes(world), Choices({("mark",): marks, **_routing_choices(world)}))
+
+
+def _routed(world: World) -> Verdicts:
+    return (found for _, found in ways_routed(world))
+
+
+def _routing_choices(world: World) -> dict[tuple[str, ...], Iterable[tuple[object, ...]]]:
+    return {
+        ("iif",): [(walk.LO,), *((link,) for link in world.roads)],
+        ("source",): world.sources(),
+        ("destination",): world.destinations(),
+    }
+
+
+def _with_foreign(world: World, mark: int) -> tuple[int, ...]:
+    """A mark, and, where any rule looks at bits that are not ours, the same with all of those."""
+    return (mark, mark | world.foreign) if world.tables.bits & world.foreign else (mark,)
 
 
 def _lost(
-    world: World, given: Given, packet: Packet, wanted: Iterable[Fate], found: Fate, *, when: str = ""
+    world: World, given: Given, mark: int, wanted: Iterable[Fate], found: Fate, *, when: str = ""
 ) -> Counterexample:
-    return Counterexample(
-        world.words(given, packet.mark), f"{when}{_either(wanted)}", str(found), (*packet.trail, found.by)
-    )
+    return Counterexample(world.words(given, mark), f"{when}{_either(wanted)}", str(found), (found.by,))
 
 
 # --- while there is no ruleset ---------------------------------------------------------------------------------------
@@ -516,35 +476,28 @@ def _bare(world: World) -> Verdicts:
     """Without a mark, that is before the output hook and while our table is not there: own addresses go their way,
     members are refused if they are forwarded.
     """
+    every = frozenset(world.wanted.own)
 
     def run(given: Given) -> Counterexample | None:
-        for mark in (0, world.foreign):
-            found = world.tables.lookup(world.family, given, mark)
-            source, forwarded = given["source"], given["iif"] != walk.LO
-            assert isinstance(source, int)  # noqa: S101
-            owner = world.owner(source)
-            wanted: tuple[Fate, ...] = (world.host(given),)
-            if source in world.own:
-                if forwarded:
-                    return None  # a martian
+        own = given.within("source", every)
+        forwarded = not given.within("iif", JUST_LO)
+        if own and forwarded:
+            return None  # a martian
+        for mark in _with_foreign(world, 0):
+            found = world.tables.lookup(given, mark)
+            owner = world.whose(given, "source") if own or (world.guarded and forwarded) else None
+            wanted: tuple[Fate, ...] = (world.wanted.host(given),)
+            if own:
                 assert owner  # noqa: S101
-                wanted = world.way(owner, given)
-            elif owner and world.guarded and forwarded and wanted[0].what != LOCAL:
+                wanted = world.wanted.way(owner, given)
+            elif owner and wanted[0].what != LOCAL:
                 wanted = (Fate(REFUSED),)
-            if not _same(found, wanted):
+            if not same(found, wanted):
                 when = "while nothing marks it: " if forwarded else "before it has a mark: "
-                return _lost(world, given, Packet(world.family, given, mark), wanted, found, when=when)
+                return _lost(world, given, mark, wanted, found, when=when)
         return None
 
-    return _checked(
-        run,
-        {
-            "iif": (walk.LO, ELSEWHERE, *sorted(world.links | world.behind_links)),
-            "source": world.examples("rule", "here"),
-            "destination": world.examples("route", "road", "here", "probe", owned=False),
-            "state": world.states(),
-        },
-    )
+    return _checked(run, _routing_choices(world))
 
 
 # --- what is let out -------------------------------------------------------------------------------------------------
@@ -552,45 +505,116 @@ def _bare(world: World) -> Verdicts:
 
 def _leaving(world: World) -> Verdicts:
     """Whatever the routes are: no packet leaves by a link that is neither its identity's nor allowed to it."""
-
-    def run(given: Given) -> Counterexample | None:
-        packet = Packet(world.family, given, world.initial(given))
-        mark = packet.mark
-
-        def translate(packet: Packet) -> None:
-            if given["original"] is not None:  # the translation is taken back
-                packet.source = _number(given["original"])
-            elif not packet.status and given["snat"] is not None:
-                packet.source = _number(given["snat"])
-                packet.status.add("snat")
-
-        passed = world.hooks.call("postrouting", packet, ((SRCNAT, translate),))
-        if given["oif"] == walk.LO:
-            return _let_out(world, given, packet, passed, (True, []))
-        identity = world.marks.get(mark & world.mask)
-        wire = _translated(world, identity, given)
-        if packet.source != wire:
-            leaves = "with its own source" if wire is None else f"as {address_text(world.family, wire)}"
-            found = "with its own" if packet.source is None else f"as {address_text(world.family, packet.source)}"
-            return Counterexample(world.words(given, mark), f"leaves {leaves}", f"leaves {found}", tuple(packet.trail))
-        return _let_out(world, given, packet, passed, _judged(world, identity, wire, given))
-
+    marks = [(mark,) for mark in (0, ALL_BITS, world.foreign, *world.marks)]
     return _checked(
-        run,
+        _Doors(world).run,
         {
-            "oif": (walk.LO, ELSEWHERE, *sorted(world.links | world.behind_links)),
-            "mark": (NOTHING, EVERYTHING, world.foreign, *world.marks),
-            "source": world.examples("word", "here"),
-            "original": (None, *world.examples()),
-            "snat": (None, *world.examples()),
-            "iif": (ELSEWHERE, *sorted(world.links)),
+            ("mark", "oif"): [(*mark, oif) for oif, mark in product((walk.LO, *world.roads), marks)],
+            ("source",): world.examples("word", "here"),
+            ("original",): _or_none(world.examples()),
+            ("snat",): _or_none(world.examples()),
+            ("iif",): [(link,) for link in world.roads],
         },
     )
 
 
-def _number(value: object) -> int:
-    assert isinstance(value, int)  # noqa: S101
-    return value
+class _Doors:
+    """By which links packets may leave, and as whom."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._wanted = world, world.wanted
+        self._downstream = None if world.policy.downstream is None else frozenset(world.policy.downstream)
+
+    def run(self, given: Given) -> Counterexample | None:
+        world = self._world
+        home = given.within("oif", JUST_LO)
+        by_mark, roads = known = given.tell(("mark", "oif"), self._by_mark)
+        packet = Packet(world.family, given, known=known)
+        passed = world.hooks.call("postrouting", packet, ((SRCNAT, _translate),))
+        if home:
+            return _let_out(world, given, packet, passed, (True, []))
+        source = self._source(given, roads)
+        if packet.source != source:
+            wanted, found = (f"leaves {_as(world, given, each)}" for each in (source, packet.source))
+            return Counterexample(world.words(given), wanted, found, _trail(packet))
+        return _let_out(world, given, packet, passed, self._judged(given, source, by_mark))
+
+    def _by_mark(self, mark: object, oif: object) -> tuple[str | None, tuple[str, ...]]:
+        """Whose packet it is if its when_down lets it leave by a link; and the identities to one of whose addresses
+        members are translated as they leave by it.
+        """
+        identity = self._world.marks.get(_number(mark) & self._world.mask)
+        if identity is None:
+            return None, ()
+        diverted = identity.name if self._diverts(identity, oif) else None
+        if not identity.masquerade or not self._world.standings[identity.name].way(self._world.family):
+            return diverted, ()
+        roads = (road for road in (identity, *self._wanted.detours(identity)[0]) if road.link == oif)
+        return diverted, tuple(road.name for road in roads if self._own(road.name))
+
+    def _diverts(self, identity: Identity | None, oif: object) -> bool:
+        if identity is None or oif == walk.LO:
+            return False
+        others, main_last = self._wanted.detours(identity)
+        if any(other.link == oif and other.link != identity.link for other in others):
+            return True
+        return main_last and oif != identity.link and not self._is_downstream(oif)
+
+    def _is_downstream(self, oif: object) -> bool:
+        return oif not in self._world.links if self._downstream is None else oif in self._downstream
+
+    def _own(self, name: str) -> tuple[int, ...]:
+        return tuple(map(int, self._world.standings[name].own(self._world.family)))
+
+    def _source(self, given: Given, roads: tuple[str, ...]) -> str | int:
+        """The property that a packet's source is to be when it leaves, or an address that it is to be translated to."""
+        if not given.within("original", NOTHING):
+            return "original"
+        for road in roads:
+            members = self._world.marked(given)
+            assert members  # noqa: S101
+            if not given.within("source", frozenset((*self._own(members.name), *self._own(road)))):
+                return self._own(road)[0]
+        return "source" if given.within("snat", NOTHING) else "snat"
+
+    def _judged(self, given: Given, source: str | int, by_mark: str | None) -> tuple[bool, list[str]]:
+        """Whether a packet may leave, and how it is counted. `source` is what it was translated to."""
+        world = self._world
+        if by_mark:
+            return True, _count(world, by_mark, "diverted")
+        translated = source != "source" and given.within("oif", world.links)
+        carried = given.tell(("mark",), lambda mark: _number(mark) & world.mask in world.marks)
+        owner = None
+        if translated or not carried:
+            owner = world.owner(source) if isinstance(source, int) else world.whose(given, source)
+        if not carried and given.tell(("oif",), lambda oif: self._diverts(owner, oif)):
+            assert owner  # noqa: S101
+            return True, _count(world, owner.name, "diverted")
+        owner = owner or world.marked(given)
+        if owner is None:
+            return True, []
+        if given.within("oif", frozenset({owner.link})):
+            return True, _count(world, owner.name, "transmit")
+        if given.tell(("oif",), self._is_downstream):
+            return True, []
+        enforce = world.policy.kernel.enforce
+        return not enforce, _count(world, owner.name, "misrouted-dropped" if enforce else "misrouted-passed")
+
+
+def _translate(packet: Packet) -> None:
+    """What a neighbour does to sources: takes back its translation, or makes one."""
+    if not packet.given.within("original", NOTHING):
+        packet.source = "original"
+    elif not packet.status and not packet.given.within("snat", NOTHING):
+        packet.source = "snat"
+        packet.status |= {"snat"}
+
+
+def _as(world: World, given: Given, source: str | int) -> str:
+    """The source that a packet leaves with, in words."""
+    if source == "source":
+        return "with its own" if given.example("source") is None else "with its own source"
+    return f"as {address_text(world.family, _number(given.example(source) if isinstance(source, str) else source))}"
 
 
 def _let_out(
@@ -598,46 +622,10 @@ def _let_out(
 ) -> Counterexample | None:
     if passed is not wanted[0]:
         words = ("is dropped", "is let out")
-        return Counterexample(world.words(given, packet.mark), words[wanted[0]], words[passed], tuple(packet.trail))
+        return Counterexample(world.words(given), words[wanted[0]], words[passed], _trail(packet))
     return _counted(world, given, packet, wanted[1])
 
 
-def _translated(world: World, identity: Identity | None, given: Given) -> int | None:
-    """The source that a packet is to leave with, if not with its own."""
-    if given["original"] is not None:
-        return _number(given["original"])
-    if identity and identity.masquerade:
-        standing = world.standings[identity.name]
-        for road in (identity, *detours(world.policy, identity)[0]):
-            own = world.standings[road.name].own(world.family)
-            hosts = {int(address) for address in (*standing.own(world.family), *own)}
-            if road.link == given["oif"] and own and standing.way(world.family) and given["source"] not in hosts:
-                return int(own[0])
-    return None if given["snat"] is None else _number(given["snat"])
-
-
-def _judged(world: World, identity: Identity | None, wire: int | None, given: Given) -> tuple[bool, list[str]]:
-    """Whether a packet may leave by a link, and how it is counted. `wire` is the source that it was translated to."""
-    oif = given["oif"]
-    owner = identity or world.owner(given["source"] if wire is None else wire)
-    if owner is None:
-        return True, []
-    others, main_last = detours(world.policy, owner)
-    downstream = oif in world.policy.downstream if world.policy.downstream is not None else oif not in world.links
-    if any(other.link == oif and other.link != owner.link for other in others):
-        return True, _count(world, owner, "diverted")
-    if main_last and oif != owner.link and not downstream:
-        return True, _count(world, owner, "diverted")
-    if wire is not None and oif in world.links:
-        owner = world.owner(wire) or owner
-    if oif == owner.link:
-        return True, _count(world, owner, "transmit")
-    if downstream:
-        return True, []
-    enforce = world.policy.kernel.enforce
-    return not enforce, _count(world, owner, "misrouted-dropped" if enforce else "misrouted-passed")
-
-
-def _count(world: World, owner: Identity, count: str) -> list[str]:
-    families = world.standings[owner.name].families
-    return [counter_name(owner.name, world.family, count)] if world.family in families else []
+def _count(world: World, name: str, count: str) -> list[str]:
+    families = world.standings[name].families
+    return [counter_name(name, world.family, count)] if world.family in families else []

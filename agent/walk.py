@@ -1,74 +1,143 @@
 """A packet's way through an artefact: hooks, rules and tables, as the kernel takes it.
 
-A packet's properties are asked for as they are needed, and one that is not settled yet stops the walk (`Unsettled`): so
-whoever follows all packets needs to tell apart only those that the texts tell apart.
+What walks is a class of packets (`agent.given`). Where the texts, or whoever compares, tell its members apart, there it
+is split, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from agent.artefact import Artefact, Chain, CountBy, Field, Line, Match, SetMark, Translate, Verdict, VerdictBy
-from agent.model import GOTO, LOOKUP, NOP, TABLE_MAIN, Family, Hop, Route, Rule
+from agent.artefact import (
+    ALL_BITS,
+    Artefact,
+    Chain,
+    CountBy,
+    Field,
+    Line,
+    Match,
+    SetMark,
+    Translate,
+    Verdict,
+    VerdictBy,
+)
+from agent.given import Given, Question
+from agent.model import GOTO, LOOKUP, NOP, TABLE_MAIN, Family, Hop, Prefix, Route, Rule
 
 #: linux/netfilter_ipv4.h, enum nf_ip_hook_priorities: where connections are known, where neighbours restore whole marks
 #: from them, where destinations are translated, and sources.
 CONNTRACK, MANGLE, DSTNAT, SRCNAT = -200, -150, -100, 100
 LO = "lo"
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
+#: What a property is that a packet doesn't have.
+NOTHING = frozenset({None})
+#: What may happen to the host, and when a walk asks for it: a link is down, an address of an identity's is gone.
+DOWN, GONE = "down", "gone"
 
 
-class Unsettled(Exception):  # noqa: N818 - no error: the walk goes on when the property has a value
-    """The walk depends on a property of the packet that has no value yet."""
+class Mark(NamedTuple):
+    """The packet's mark as it is now: of what it carried at first these bits are left, and those have been written."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    keep: int = ALL_BITS
+    bits: int = 0
+
+    def of(self, carried: int) -> int:
+        return carried & self.keep | self.bits
+
+    def written(self, keep: int, bits: int) -> Mark:
+        """After `mark & keep | bits`."""
+        return Mark(self.keep & keep, self.bits & keep | bits)
 
 
-class Given(dict[str, object]):
-    """The properties of a packet that are settled: `source`, `destination`, `original` (addresses as integers; None:
-    no translated connection's reply), `iif`, `oif`, `mark`.
-    """
-
-    def __missing__(self, name: str) -> object:
-        raise Unsettled(name)
+#: Nobody has written it yet, or somebody has restored it.
+AS_CARRIED = Mark()
 
 
 @dataclass(slots=True)
 class Packet:
-    """A packet on its way. What the kernel or a neighbour changes is put over what was given."""
+    """Packets on their way, and what the kernel or a neighbour has done to them.
+
+    `source` and `destination` are the name of the property that stands there, or an address. `known` is what whoever
+    follows has found out of them beforehand, and uses afterwards.
+    """
 
     family: Family
     given: Given
-    mark: int = 0
-    source: int | None = None
-    destination: int | None = None
-    status: set[str] = field(default_factory=set)
+    known: Hashable = None
+    mark: Mark = AS_CARRIED
+    source: str | int = "source"
+    destination: str | int = "destination"
+    status: frozenset[str] = frozenset()
     counted: list[str] = field(default_factory=list)
-    trail: list[str] = field(default_factory=list)
+    trail: list[Step] = field(default_factory=list)
 
-    def address(self, name: str) -> object:
-        """The source as it is now, the destination, the destination that the connection was made to."""
-        if name == "saddr":
-            return self.given["source"] if self.source is None else self.source
-        if name == "daddr":
-            return self.given["destination"] if self.destination is None else self.destination
-        return self.given[name]
+    def through(self, place: Hashable, station: Callable[[Packet], str | None]) -> str | None:
+        """What a station says of the packet. Whoever is split off behind it finds it as it left from there."""
+
+        def go() -> tuple[Packet, str | None]:
+            verdict = station(self)
+            return replace(self, counted=[*self.counted], trail=[*self.trail]), verdict
+
+        after, verdict = self.given.once(place, go)
+        self.mark, self.source, self.destination, self.status = (
+            after.mark,
+            after.source,
+            after.destination,
+            after.status,
+        )
+        self.counted, self.trail = [*after.counted], [*after.trail]
+        return verdict
+
+    @property
+    def state(self) -> Hashable:
+        """All that the rest of the way may depend on, beside what is given."""
+        return (self.known, self.mark, self.source, self.destination, self.status, tuple(self.counted))
+
+
+class Step(NamedTuple):
+    """A rule that did something to a packet."""
+
+    hook: str
+    chain: str
+    line: Line
+
+    def __str__(self) -> str:
+        return f"chain {self.chain}: {self.line.text}"
 
 
 #: What a neighbour does to packets in a hook, at a priority.
 Neighbour = tuple[int, Callable[[Packet], None]]
 
 
+class _Term(NamedTuple):
+    """What a field of a packet is: a function of one of its properties, or (no property) a constant."""
+
+    of: str
+    value: Callable[[object], object]
+
+
+class _Called(NamedTuple):
+    """A chain that is being run: in which hook, on the way from where, and whether conntrack has seen the packet."""
+
+    hook: str
+    path: tuple[tuple[str, int], ...]
+    known: bool
+
+
 class Hooks:
     """The chains of an artefact, called as nf_tables calls them."""
 
     def __init__(self, artefact: Artefact) -> None:
-        self._chains, self._sets = artefact.chains, artefact.sets
+        self._sets = artefact.sets
+        # Only a segment's size depends on lines that have no action.
+        self._lines = {
+            name: tuple((place, line) for place, line in enumerate(chain.lines) if line.action is not None)
+            for name, chain in artefact.chains.items()
+        }
         self._based: dict[str, list[Chain]] = {}
         for chain in artefact.chains.values():
             if chain.hook:
@@ -91,223 +160,363 @@ class Hooks:
             for chain in self._based.get(hook, ())
             if chain.hook
         ]
-        return all(station(packet) != "drop" for _, station in sorted(stations, key=lambda each: each[0]))
+        for place, (_, station) in enumerate(sorted(stations, key=lambda each: each[0])):
+            if packet.through((hook, place), station) == "drop":
+                return False
+        return True
 
     def _base(self, chain: Chain, packet: Packet) -> str | None:
         hook = chain.hook
         assert hook is not None  # noqa: S101
         if hook.kind == "nat" and packet.status:
             return None  # a connection is translated once, by its first packet
-        verdict = self._run(chain, packet, known=hook.priority > CONNTRACK)
-        return verdict or hook.policy
+        return self._run(chain.name, packet, _Called(hook.hook, (), hook.priority > CONNTRACK)) or hook.policy
 
-    def _run(self, chain: Chain, packet: Packet, known: bool) -> str | None:
-        """The verdict of a chain and of those that it leads to; None: it came to its end. `known`: conntrack has seen
-        the packet.
-        """
-        for line in chain.lines:
-            if line.action is None or not all(self._holds(match, packet, known) for match in line.matches):
+    def _run(self, chain: str, packet: Packet, called: _Called) -> str | None:
+        """The verdict of a chain and of those that it leads to; None: it came to its end."""
+        for place, line in self._lines[chain]:
+            if not packet.given.all_of(self._question(match, packet, called.known) for match in line.matches):
                 continue
             match line.action:
                 case Verdict("accept" | "drop" as word):
-                    self._note(chain, line, packet)
+                    packet.trail.append(Step(called.hook, chain, line))
                     return word
                 case Verdict("jump", target):
-                    verdict = self._run(self._chains[target], packet, known)
+                    inside = called._replace(path=(*called.path, (chain, place)))
+                    verdict = self._run(target, packet, inside)
                     if verdict:
                         return verdict
+                    packet.given.join((inside, packet.state))
                 case Verdict("goto", target):
-                    return self._run(self._chains[target], packet, known)
+                    return self._run(target, packet, called)
                 case VerdictBy(by, name):
-                    found = self._sets[name].find(self._key((by,), packet, known))
+                    found = self._find(name, (by,), packet, called.known)
                     if found is not None:
-                        self._note(chain, line, packet)
-                        return self._run(self._chains[found.removeprefix("goto ")], packet, known)
+                        packet.trail.append(Step(called.hook, chain, line))
+                        return self._run(found.removeprefix("goto "), packet, called)
                 case SetMark(keep, bits):
-                    self._note(chain, line, packet)
-                    packet.mark = packet.mark & keep | bits
+                    packet.trail.append(Step(called.hook, chain, line))
+                    packet.mark = packet.mark.written(keep, bits)
                 case CountBy(fields, name):
-                    found = self._sets[name].find(self._key(fields, packet, known))
+                    found = self._find(name, fields, packet, called.known)
                     if found is not None:
                         packet.counted.append(found)
                 case Translate(family, address) if family is packet.family:
-                    self._note(chain, line, packet)
+                    packet.trail.append(Step(called.hook, chain, line))
                     packet.source = address
-                    packet.status.add("snat")
+                    packet.status |= {"snat"}
                     return "accept"
         return None
 
-    def _note(self, chain: Chain, line: Line, packet: Packet) -> None:
-        packet.trail.append(f"chain {chain.name}: {line.text}")
-
-    def _holds(self, match: Match, packet: Packet, known: bool) -> bool:
-        key = self._key(match.fields, packet, known)
-        if None in key:
-            return False
+    def _question(self, match: Match, packet: Packet, known: bool) -> Question:
+        """Whether a match holds."""
         if match.among:
-            return (self._sets[match.among].find(key) is not None) is not match.negated
-        (value,) = key
-        if isinstance(value, frozenset):
-            return bool(value & match.values) is not match.negated
-        return (value in match.values) is not match.negated
+            named = self._sets[match.among]
+            return _asked(
+                match.fields,
+                packet,
+                known,
+                lambda key: None not in key and (named.find(key) is not None) is not match.negated,
+            )
 
-    def _key(self, fields: Iterable[Field], packet: Packet, known: bool) -> tuple[object, ...]:
-        return tuple(self._value(each, packet, known) for each in fields)
+        def compare(key: tuple[object, ...]) -> bool:
+            (value,) = key
+            if value is None:
+                return False
+            if isinstance(value, frozenset):
+                return bool(value & match.values) is not match.negated
+            return (value in match.values) is not match.negated
 
-    @staticmethod
-    def _value(wanted: Field, packet: Packet, known: bool) -> object:
-        """A field's value; None where the packet has none: it is of the other family, or conntrack doesn't know it."""
-        match wanted.name:
-            case "mark":
-                return packet.mark & wanted.mask
-            case "nfproto":
-                return packet.family
-            case "iifname" | "oifname":
-                return packet.given["iif" if wanted.name == "iifname" else "oif"]
-            case "syn":
-                return False  # only a segment's size depends on it
-            case "status":
-                if not known:
-                    return None
-                return frozenset((*packet.status, *(("dnat",) if packet.given["original"] is not None else ())))
-            case "direction":
-                if not known:
-                    return None
-                return "reply" if packet.given["original"] is not None else "original"
-        if wanted.family is not packet.family or (wanted.name == "original" and not known):
-            return None
-        return packet.address(wanted.name)
+        return _asked(match.fields, packet, known, compare)
+
+    def _find(self, name: str, fields: tuple[Field, ...], packet: Packet, known: bool) -> str | None:
+        """The value that a map has for fields."""
+        named = self._sets[name]
+        names, by = _asked(fields, packet, known, lambda key: None if None in key else named.find(key))
+        found: str | None = packet.given.tell(names, by)
+        return found
+
+
+def _asked(fields: tuple[Field, ...], packet: Packet, known: bool, by: Callable[[tuple[object, ...]], Any]) -> Question:
+    """What is to be known of a packet's fields, one value beside the other."""
+    terms = [_term(each, packet, known) for each in fields]
+    names = tuple(dict.fromkeys(term.of for term in terms if term.of))
+    if len(terms) == 1:
+        value = terms[0].value
+        return Question(names, lambda *given: by((value(*given or (None,)),)))
+    places = [names.index(term.of) if term.of else -1 for term in terms]
+
+    def of(*values: object) -> Any:
+        return by(tuple([term.value(values[at] if at >= 0 else None) for term, at in zip(terms, places, strict=True)]))
+
+    return Question(names, of)
+
+
+def _constant(value: object) -> _Term:
+    return _Term("", lambda _: value)
+
+
+def _itself(value: object) -> object:
+    return value
+
+
+def _term(wanted: Field, packet: Packet, known: bool) -> _Term:
+    """A field; None where the packet has none: it is of the other family, or conntrack doesn't know it."""
+    match wanted.name:
+        case "mark":
+            return _mark(packet.mark, wanted.mask)
+        case "nfproto":
+            return _constant(packet.family)
+        case "iifname" | "oifname":
+            return _Term(wanted.name.removesuffix("name"), _itself)
+        case "syn":
+            return _constant(False)  # only a segment's size depends on it
+        case "status" | "direction" | "original" if not known:
+            return _constant(None)
+        case "status" | "direction":
+            reply = not packet.given.within("original", NOTHING)
+            if wanted.name == "status":
+                return _constant(packet.status | {"dnat"} if reply else packet.status)
+            return _constant("reply" if reply else "original")
+    if wanted.family is not packet.family:
+        return _constant(None)
+    place = {"saddr": packet.source, "daddr": packet.destination}.get(wanted.name, wanted.name)
+    return _constant(place) if isinstance(place, int) else _Term(place, _itself)
+
+
+def _mark(mark: Mark, mask: int) -> _Term:
+    if not mark.keep & mask:
+        return _constant(mark.bits & mask)
+
+    def value(carried: object) -> int:
+        assert isinstance(carried, int)  # noqa: S101
+        return mark.of(carried) & mask
+
+    return _Term("mark", value)
 
 
 # --- rules and tables ------------------------------------------------------------------------------------------------
-
-
-class State(NamedTuple):
-    """What has happened to the host: links that are down, own addresses that are gone."""
-
-    down: frozenset[str] = frozenset()
-    missing: frozenset[int] = frozenset()
-    words: str = ""
-
 
 #: What becomes of a packet at a route lookup.
 LOCAL, OUT, REFUSED, MAIN = "for this host", "out", "refused", "left to the host's other rules"
 
 
 class Fate(NamedTuple):
-    """What becomes of a packet at a route lookup, by which hops it leaves, and by whose word."""
+    """What becomes of a packet at a route lookup, by which hops it leaves, and by whose word: the rule that decides,
+    and the route of its table.
+    """
 
     what: str
     hops: frozenset[tuple[str, object]] = frozenset()
-    by: str = ""
+    rule: Rule | None = None
+    route: Route | None = None
+    foreign: bool = False
 
     def __str__(self) -> str:
         ways = ", ".join(f"{f'via {via} ' if via else ''}dev {link}" for link, via in sorted(self.hops, key=str))
         return ways or self.what
 
+    @property
+    def by(self) -> str:
+        if self.what == LOCAL:
+            return "rule priority 0 from all lookup local"
+        if self.rule is None:
+            return "no rule of ours and none of its tables has a route"
+        rule = str(self.rule).rpartition(" protocol ")[0] if self.foreign or self.what == MAIN else str(self.rule)
+        whose = "somebody's " if self.foreign else ""
+        route = "" if self.route is None else f", route {self.route.words if self.foreign else self.route}"
+        return f"{whose}rule {rule}{route}"
 
-class Tables:
-    """The rules and tables of an artefact on a host that has these addresses of its own."""
 
-    def __init__(self, artefact: Artefact, local: Iterable[tuple[Family, int]] = ()) -> None:
-        self._local = frozenset(local)
-        self._rules = {family: tuple(rule for rule in artefact.rules if rule.family is family) for family in Family}
-        self._foreign = artefact.foreign
-        self._routes: dict[tuple[int, Family], dict[int, dict[int, list[Route]]]] = {}
-        for route in sorted(artefact.routes, key=lambda each: each.metric):
-            by_length = self._routes.setdefault((route.table, route.family), {})
-            by_length.setdefault(route.destination.length, {}).setdefault(route.destination.address, []).append(route)
-        self._known: dict[tuple[int, Family, int, State], tuple[Route, tuple[Hop, ...]] | None] = {}
+class Attempt(NamedTuple):
+    """A rule that takes a packet, whether it is somebody else's, and what becomes of the packet by it (None: nothing,
+    it is the next rule's turn).
+    """
 
-    def lookup(self, family: Family, given: Mapping[str, object], mark: int) -> Fate:
-        """The first rule that takes the packet and whose table has a route for it, decides. `iif` is "lo" for what
-        this host sends itself, `state` a State.
-        """
-        destination, state = given["destination"], given["state"]
-        assert isinstance(destination, int)  # noqa: S101
-        assert isinstance(state, State)  # noqa: S101
-        if (family, destination) in self._local and destination not in state.missing:
-            return Fate(LOCAL, by="rule priority 0 from all lookup local")
-        rules, at = self._rules[family], 0
-        while at < len(rules):
-            rule = rules[at]
-            at += 1
-            if not _takes(rule, given, mark):
-                continue
-            if rule.action == GOTO:
-                # A target that isn't there: the rule is as if it weren't either (net/core/fib_rules.c, unresolved).
-                at = next((i for i in range(at, len(rules)) if rules[i].priority == rule.target), at)
-            elif rule.action == LOOKUP and rule.table == TABLE_MAIN:
-                return Fate(MAIN, by=f"rule {_words(rule)}")
-            elif rule.action == LOOKUP:
-                found = self._best(rule.table, family, destination, state)
-                if found and rule in self._foreign:
-                    return Fate(MAIN, by=f"somebody's rule {_words(rule)}, route {found[0].words}")
-                if found:
-                    route, hops = found
-                    what = OUT if route.kind == "unicast" else REFUSED
-                    return Fate(what, frozenset((hop.link, hop.via) for hop in hops), f"rule {rule}, route {route}")
-            elif rule.action != NOP and rule in self._foreign:
-                return Fate(MAIN, by=f"somebody's rule {_words(rule)}")
-            elif rule.action != NOP:
-                return Fate(REFUSED, by=f"rule {rule}")
-        return Fate(MAIN, by="no rule of ours and none of its tables has a route")
+    rule: Rule
+    foreign: bool
+    fate: Fate | None
 
-    def _best(self, table: int, family: Family, destination: int, state: State) -> tuple[Route, tuple[Hop, ...]] | None:
-        """The longest prefix's route with the smallest metric that is still there, with the hops that are."""
-        key = (table, family, destination, state)
-        if key not in self._known:
-            by_length = self._routes.get((table, family), {})
-            candidates = (
-                (route, hops)
-                for length in sorted(by_length, reverse=True)
-                for route in by_length[length].get(destination >> family.bits - length << family.bits - length, ())
-                for hops in [_alive(route, state)]
-                if hops is not None
+
+class Networks(Generic[Value]):
+    """Networks and what is known of each; those of the longest prefixes first."""
+
+    def __init__(self, items: Iterable[tuple[Prefix, Value]]) -> None:
+        self._of: dict[Prefix, list[Value]] = {}
+        for prefix, value in items:
+            self._of.setdefault(prefix, []).append(value)
+        self.prefixes = tuple(sorted(self._of, key=lambda prefix: (-prefix.length, prefix.address)))
+        self._lengths = tuple(dict.fromkeys(prefix.length for prefix in self.prefixes))
+        self._around: dict[Prefix, tuple[tuple[Prefix, Value], ...]] = {}
+
+    def holding(self, name: str, given: Given) -> tuple[tuple[Prefix, Value], ...]:
+        """The networks that hold an address, the smallest first, each with all that is known of it."""
+        place = given.first(name, self.prefixes)
+        if place is None:
+            return ()
+        inner = self.prefixes[place]
+        if inner not in self._around:
+            bits = inner.family.bits
+            outer = (
+                Prefix(inner.family, inner.address >> bits - length << bits - length, length)
+                for length in self._lengths
+                if length <= inner.length
             )
-            self._known[key] = next(candidates, None)
+            self._around[inner] = tuple((prefix, value) for prefix in outer for value in self._of.get(prefix, ()))
+        return self._around[inner]
+
+
+def is_here(given: Given, local: frozenset[int], fleeting: frozenset[int]) -> bool:
+    """Whether the destination is an address that this host has now, of those that it has, and those that may go."""
+    if not given.within("destination", local):
+        return False
+    return not (given.within("destination", fleeting) and given.suppose(GONE, "the destination"))
+
+
+class _Rules:
+    """The rules of a family in their order, found by mark and source without trying one after the other."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.all = tuple(rules)
+        self._marked: dict[int, dict[int, list[int]]] = {}
+        self._others: list[int] = []
+        self._sourced: list[int] = []
+        for place, rule in enumerate(self.all):
+            if rule.source:
+                self._sourced.append(place)
+            elif rule.fwmark:
+                self._marked.setdefault(rule.fwmark.mask, {}).setdefault(rule.fwmark.value, []).append(place)
+            else:
+                self._others.append(place)
+        #: The bits of a mark that any rule looks at.
+        self.bits = 0
+        for rule in self.all:
+            self.bits |= rule.unmarked | (rule.fwmark.mask if rule.fwmark else 0)
+        self._known: dict[tuple[int, int], tuple[int, tuple[int, ...], tuple[Prefix, ...]]] = {}
+
+    def first(self, at: int, mark: int, given: Given) -> int | None:
+        """The first rule from a place on that takes a packet."""
+        while at < len(self.all):
+            place, sourced, sources = self._before(at, mark)
+            if sourced:
+                found = given.first("source", sources)
+                if found is not None:
+                    place = sourced[found]
+            if place == len(self.all):
+                return None
+            iif = self.all[place].iif
+            if not iif or given.within("iif", frozenset({iif})):
+                return place
+            at = place + 1
+        return None
+
+    def _before(self, at: int, mark: int) -> tuple[int, tuple[int, ...], tuple[Prefix, ...]]:
+        """The first rule from a place on that takes the mark from any source, and those before it that look at the
+        source, with their sources.
+        """
+        key = (at, mark)
+        if key not in self._known:
+            lists = (values.get(mark & mask, ()) for mask, values in self._marked.items())
+            plain = (place for places in lists for place in places[bisect_left(places, at) :])
+            others = (place for place in self._others if place >= at and not mark & self.all[place].unmarked)
+            end = min((*plain, *others), default=len(self.all))
+            sourced = tuple(
+                place
+                for place in self._sourced[bisect_left(self._sourced, at) : bisect_left(self._sourced, end)]
+                if _takes_mark(self.all[place], mark)
+            )
+            sources = (source for place in sourced if (source := self.all[place].source))
+            self._known[key] = (end, sourced, tuple(sources))
         return self._known[key]
 
+    def target(self, rule: Rule, at: int) -> int:
+        """Where a goto leads. A target that isn't there: the rule is as if it weren't either (net/core/fib_rules.c,
+        unresolved).
+        """
+        return next((place for place in range(at, len(self.all)) if self.all[place].priority == rule.target), at)
 
-def _words(rule: Rule) -> str:
-    """A rule without whose it is."""
-    return str(rule).rpartition(" protocol ")[0]
 
+class Tables:
+    """The rules and tables of an artefact on a host that has these addresses of its own; some of them may go."""
 
-def _alive(route: Route, state: State) -> tuple[Hop, ...] | None:
-    """The hops that a route still has; None: it went, with its links or (IPv4: net/ipv4/fib_semantics.c,
-    fib_sync_down_addr) with the address that it names.
-    """
-    if route.kind != "unicast":
-        return ()
-    if route.family is Family.IPV4 and route.source and int(route.source) in state.missing:
+    def __init__(
+        self, family: Family, artefact: Artefact, local: Iterable[int] = (), fleeting: Iterable[int] = ()
+    ) -> None:
+        self._local, self._fleeting = frozenset(local), frozenset(fleeting)
+        self._rules = _Rules(rule for rule in artefact.rules if rule.family is family)
+        self._foreign = artefact.foreign
+        tables: dict[int, list[tuple[Prefix, Route]]] = {}
+        for route in sorted(artefact.routes, key=lambda each: each.metric):
+            if route.family is family:
+                tables.setdefault(route.table, []).append((route.destination, route))
+        self._tables = {number: Networks(routes) for number, routes in tables.items()}
+
+    @property
+    def bits(self) -> int:
+        """The bits of a mark that any rule looks at."""
+        return self._rules.bits
+
+    def lookup(self, given: Given, mark: int) -> Fate:
+        """The first rule that takes the packet and whose table has a route for it, decides. `iif` is "lo" for what
+        this host sends itself.
+        """
+        if is_here(given, self._local, self._fleeting):
+            return Fate(LOCAL)
+        return next((attempt.fate for attempt in self.attempts(given, mark) if attempt.fate), Fate(MAIN))
+
+    def attempts(self, given: Given, mark: int) -> Iterator[Attempt]:
+        """The rules that take the packet, up to the one that decides."""
+        at = 0
+        while (place := self._rules.first(at, mark, given)) is not None:
+            rule, at = self._rules.all[place], place + 1
+            foreign = rule in self._foreign
+            if rule.action == GOTO:
+                at = self._rules.target(rule, at)
+            yield Attempt(rule, foreign, self._fate(rule, foreign, given))
+
+    def _fate(self, rule: Rule, foreign: bool, given: Given) -> Fate | None:
+        """What becomes of a packet that a rule takes; None: the next rules decide."""
+        if rule.action in (GOTO, NOP):
+            return None
+        if rule.action != LOOKUP:
+            return Fate(MAIN if foreign else REFUSED, rule=rule, foreign=foreign)
+        if rule.table == TABLE_MAIN:
+            return Fate(MAIN, rule=rule)
+        found = self._best(rule.table, given)
+        if found is None:
+            return None
+        route, hops = found
+        if foreign:
+            return Fate(MAIN, rule=rule, route=route, foreign=True)
+        what = OUT if route.kind == "unicast" else REFUSED
+        return Fate(what, frozenset((hop.link, hop.via) for hop in hops), rule, route)
+
+    def _best(self, table: int, given: Given) -> tuple[Route, tuple[Hop, ...]] | None:
+        """The longest prefix's route with the smallest metric that is still there, with the hops that are."""
+        for _, route in self._tables[table].holding("destination", given) if table in self._tables else ():
+            hops = self._alive(route, given)
+            if hops is not None:
+                return route, hops
         return None
-    return tuple(hop for hop in route.hops if hop.link not in state.down) or None
+
+    def _alive(self, route: Route, given: Given) -> tuple[Hop, ...] | None:
+        """The hops that a route still has; None: it went, with its links or (IPv4: net/ipv4/fib_semantics.c,
+        fib_sync_down_addr) with the address that it names.
+        """
+        if route.kind != "unicast":
+            return ()
+        named = route.family is Family.IPV4 and route.source and int(route.source) in self._fleeting
+        if named and given.suppose(GONE, str(route.source)):
+            return None
+        return tuple(hop for hop in route.hops if not given.suppose(DOWN, hop.link)) or None
 
 
-def _takes(rule: Rule, given: Mapping[str, object], mark: int) -> bool:
+def _takes_mark(rule: Rule, mark: int) -> bool:
     if rule.fwmark and mark & rule.fwmark.mask != rule.fwmark.value:
         return False
-    if mark & rule.unmarked:
-        return False
-    if rule.iif and given["iif"] != rule.iif:
-        return False
-    if rule.source:
-        source = given["source"]
-        assert isinstance(source, int)  # noqa: S101
-        return rule.source.address <= source <= rule.source.last
-    return True
+    return not mark & rule.unmarked
 
 
-def follow(run: Callable[[Given], Found], choices: Mapping[str, Iterable[object]]) -> Iterator[tuple[Given, Found]]:
-    """Every way that `run` can take, with the properties that it depended on; each may have any of its choices."""
-    waiting = [Given()]
-    while waiting:
-        given = waiting.pop()
-        try:
-            found = run(given)
-        except Unsettled as needed:
-            # The first choice first: of what goes wrong the plainest packet is told.
-            waiting += [Given({**given, needed.name: choice}) for choice in choices[needed.name]][::-1]
-        else:
-            yield given, found
+def hops_of(route: Route) -> frozenset[tuple[str, object]]:
+    """A route's hops as `Fate` has them."""
+    return frozenset((hop.link, hop.via) for hop in route.hops)

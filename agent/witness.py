@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
-from agent import artefact, render, walk
+from agent import artefact, render
 from agent.artefact import Artefact, Named, in_order
+from agent.given import Given
+from agent.lookups import Question
 from agent.model import LOOKUP, TABLE_MAIN, Address, Family, Lookup, NftSet, Policy
 from agent.plan import Observed
-from agent.proof import TABLE_LOCAL
+from agent.proof import TABLE_LOCAL, Loaded, Packet
 from agent.reconcile import Look, Seams, look
-from agent.verify import Counterexample, Proof, World, prove
-from agent.walk import LOCAL, MAIN, REFUSED, Fate, Given, State
+from agent.verify import Counterexample, Proof, World, prove, ways_routed
+from agent.walk import LOCAL
 
 
 def verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Proof:
@@ -31,18 +33,29 @@ def hear(seen: Look, rendered: Artefact, kernel: Seams) -> Proof:
     whoever put them there. Of rules of chains nothing but the digest can be read: when it is that of the rendered text
     they are taken as written there.
     """
-    strangers = tuple(_strangers(rendered, seen.observed))
-    proof = prove(seen.desired, seen.facts, _present(seen, rendered, kernel))
+    strange = tuple(strangers(rendered, seen.observed))
+    proof = prove(seen.desired, seen.facts, present(seen, rendered, kernel))
     asked = list(_asked(seen, rendered, kernel))
     disagreements = tuple(found for found in asked if found)
     return replace(
         proof,
         ways=proof.ways + len(asked),
-        counterexamples=(*strangers, *proof.counterexamples, *disagreements),
+        counterexamples=(*strange, *proof.counterexamples, *disagreements),
     )
 
 
-def _present(seen: Look, rendered: Artefact, kernel: Seams) -> Artefact:
+def loaded(seen: Look, rendered: Artefact, kernel: Seams) -> Loaded:
+    """What the kernel has, for whoever follows one packet through it. Raises KernelError."""
+
+    def ask(packet: Packet, fwmark: int) -> Lookup:
+        return kernel.rtnl.lookup(packet.destination, source=packet.source, fwmark=fwmark, arriving=packet.arriving)
+
+    strange = tuple(f"{each.packet}: {each.found}" for each in strangers(rendered, seen.observed))
+    return Loaded(present(seen, rendered, kernel), strange, ask)
+
+
+def present(seen: Look, rendered: Artefact, kernel: Seams) -> Artefact:
+    """What the kernel has, as `hear` says. Raises KernelError."""
     table = seen.observed.table
     chains, sets = {}, {}
     if table and not table.dormant:
@@ -50,7 +63,7 @@ def _present(seen: Look, rendered: Artefact, kernel: Seams) -> Artefact:
         chains = {name: chain._replace(hook=hooks[name]) for name, chain in rendered.chains.items() if name in hooks}
         sets = {nft_set.name: _named(nft_set) for nft_set in table.sets}
         if chains.keys() != rendered.chains.keys() or not rendered.sets.keys() <= sets.keys():
-            chains = {}  # nothing of them can be followed; `_strangers` has said so
+            chains = {}  # nothing of them can be followed; `strangers` has said so
     rules = kernel.rtnl.rules()
     foreign = frozenset(rule for rule, ours in rules if not ours)
     ours = {identity.table for identity in seen.desired.policy.identities}
@@ -66,7 +79,7 @@ def _named(found: NftSet) -> Named:
     return Named(found.name, tuple(found.key.split(" . ")), found.value, found.interval, elements)
 
 
-def _strangers(rendered: Artefact, observed: Observed) -> Iterator[Counterexample]:
+def strangers(rendered: Artefact, observed: Observed) -> Iterator[Counterexample]:
     """Where the chains that are loaded are not the rendered ones."""
     table = observed.table
     if table is None or table.dormant:
@@ -86,67 +99,59 @@ def _words_of(comments: list[str] | None) -> str:
 
 
 def _asked(seen: Look, rendered: Artefact, kernel: Seams) -> Iterator[Counterexample | None]:
-    """The kernel's own lookups: for each identity by its mark to each kind of destination, and for each class of its
-    sources to somewhere.
+    """The kernel's own lookups: for each identity by its mark to each class of destinations that it tells apart, and
+    for each class of its sources to somewhere.
     """
     for family in Family:
         world = World(family, seen.desired, seen.facts, rendered)
-        for identity in world.identities:
-            if world.standings[identity.name].way(family) is None:
-                continue
-            for destination in world.examples("route", "road", "here", "probe", owned=False):
-                given = Given(destination=destination, state=State(), iif=walk.LO)
-                if world.way(identity, given)[0].what == LOCAL:
-                    continue
-                yield _compared(world, kernel, given, identity.name, mark=identity.fwmark.value)
-        somewhere = world.nobodys
-        if somewhere is None:
+        for question in dict.fromkeys((*_by_mark(world), *_by_source(world))):
+            answer = question.ask(kernel.rtnl)
+            if question.agrees(answer):
+                yield None
+            else:
+                words, wanted = _words(question), " or ".join(map(str, question.wanted))
+                yield Counterexample(words, wanted, str(answer), ("the kernel's own route lookup",))
+
+
+def _by_mark(world: World) -> Iterator[Question]:
+    """Each way that the proof tells apart, while nothing has happened to the host."""
+    for given, _ in ways_routed(world):
+        owner, destination = world.marked(given), given.example("destination")
+        if owner and destination is not None and not given.happened and world.standings[owner.name].way(world.family):
+            wanted = world.wanted.way(owner, Given.of(destination=destination))
+            if wanted[0].what != LOCAL:
+                yield Question(owner, _address(world.family, destination), wanted, fwmark=owner.fwmark.value)
+
+
+def _by_source(world: World) -> Iterator[Question]:
+    if world.nobodys is None:
+        return
+    somewhere = _address(world.family, world.nobodys)
+    for kind in world.kinds:
+        if kind.owner is None or world.standings[kind.owner].way(world.family) is None:
             continue
-        for kind in world.kinds:
-            if kind.owner is None or world.standings[kind.owner].way(family) is None:
-                continue
-            mark = world.standings[kind.owner].identity.fwmark.value
-            for source in kind.firsts:
-                given = Given(source=source, destination=somewhere, state=State())
-                if source in world.local and source in world.own:
-                    yield _compared(world, kernel, Given({**given, "iif": walk.LO}), kind.owner, mark=0)
-                elif source not in world.local:
-                    arriving = _arrival(world, source)
-                    if arriving:
-                        yield _compared(world, kernel, Given({**given, "iif": arriving}), kind.owner, mark=mark)
+        owner = world.standings[kind.owner].identity
+        wanted = world.wanted.way(owner, Given.of(destination=world.nobodys))
+        for first in kind.firsts:
+            source = _address(world.family, first)
+            if first in world.wanted.local and first in world.wanted.own:
+                yield Question(owner, somewhere, wanted, source=source)
+            elif first not in world.wanted.local and (arriving := _arrival(world, first)):
+                yield Question(owner, somewhere, wanted, owner.fwmark.value, source, arriving)
 
 
 def _arrival(world: World, source: int) -> str | None:
     """The link behind which a source is."""
-    best = max(
-        (road for road in world.behind if road.prefix.address <= source <= road.prefix.last),
-        key=lambda road: road.prefix.length,
-        default=None,
-    )
-    return next(iter(sorted(link for link, _ in best.hops)), None) if best else None
+    around = world.behind.holding("source", Given.of(source=source))
+    return next((min(str(link) for link, _ in hops) for _, hops in around), None)
 
 
-def _compared(world: World, kernel: Seams, given: Given, name: str, mark: int) -> Counterexample | None:
-    identity = world.standings[name].identity
-    iif = given["iif"]
-    answer = kernel.rtnl.lookup(
-        _address(world.family, given["destination"]),
-        source=_address(world.family, given["source"]) if "source" in given else None,
-        fwmark=mark,
-        arriving=iif if isinstance(iif, str) and iif != walk.LO else None,
-    )
-    wanted = world.way(identity, given)
-    if _agrees(answer, wanted[0], identity.table):
-        return None
-    return Counterexample(world.words(given, mark), str(wanted[0]), f"{answer}", ("the kernel's own route lookup",))
-
-
-def _agrees(answer: Lookup, wanted: Fate, table: int) -> bool:
-    if wanted.what == MAIN:
-        return answer.table != table
-    if wanted.what == REFUSED:
-        return bool(answer.error)
-    return answer.table == table and (answer.link, answer.via) in wanted.hops
+def _words(question: Question) -> str:
+    """The packet as an operator would describe it."""
+    source = question.source or "any"
+    where = f"arriving on {question.arriving}" if question.arriving else "sent by this host"
+    mark = f", fwmark {question.fwmark:#x}" if question.fwmark else ""
+    return f"{source} -> {question.destination}, {where}{mark}"
 
 
 def _address(family: Family, value: object) -> Address:

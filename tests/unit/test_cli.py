@@ -199,6 +199,16 @@ def test_render_on_a_wrong_host(idmark: Idmark) -> None:
             "explain 10.9.0.5 2001:db8::1: a packet has two addresses of one family",
             id="two-families",
         ),
+        pytest.param(
+            ["explain", "10.9.0.5", "192.0.2.1", "--facts", "facts.json"],
+            "explain asks this host: --facts goes with --offline",
+            id="facts-of-another-host",
+        ),
+        pytest.param(
+            ["explain", "10.9.0.5", "192.0.2.1", "--offline", "--trace"],
+            "explain --trace watches this host's packets: it takes no --offline",
+            id="trace-without-a-host",
+        ),
     ],
 )
 def test_trouble(idmark: Idmark, words: list[str], complaint: str) -> None:
@@ -222,6 +232,23 @@ def test_compare_byte_by_byte(idmark: Idmark, change: Callable[[bytes], bytes]) 
     ruleset.write_bytes(change(ruleset.read_bytes()))
     ran = idmark("render", "-o", "out", "--check")
     assert ran == (1, "out/ruleset.nft: is not what policy.toml renders to\n", "")
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_offline(idmark: Idmark) -> None:
+    """explain --offline follows the rendered text, and needs no kernel: without facts, and with those of a host."""
+    ran = idmark("explain", "192.0.2.130", "198.51.100.10", "--offline")
+    assert (ran.code, ran.err) == (0, "")
+    assert "\n  identity   inside: the source is its own address\n" in ran.out
+    assert "\n  rule       priority 4001 from 192.0.2.130 lookup 4001 protocol 73\n" in ran.out
+    assert "  kernel  " not in ran.out
+    Path("facts.json").write_text(facts.dump(GATEWAY), encoding="utf-8")
+    ran = idmark("explain", "192.0.2.130", "10.9.0.5", "--offline", "--facts", "facts.json", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["identity"], found["agrees"]) == (0, "inside", None)
+    assert {"what": "link", "words": "lan, behind this gateway"} in found["steps"]
 
 
 # --- every verb ------------------------------------------------------------------------------------------------------
@@ -279,6 +306,7 @@ def test_privileges(idmark: Idmark, verb: str) -> None:
         pytest.param(["check", "--fly"], id="no-such-option"),
         pytest.param(["render", "-o"], id="option-without-value"),
         pytest.param(["explain", "10.9.0.5"], id="one-address"),
+        pytest.param(["explain", "10.9.0.5", "192.0.2.1", "--trace", "nan"], id="no-time"),
     ],
 )
 def test_usage(idmark: Idmark, words: list[str]) -> None:

@@ -9,10 +9,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from agent.desired import desire
-from agent.lookups import agrees, roads
+from agent.given import Given
+from agent.lookups import ANYWHERE, agrees
 from agent.metrics import Metrics
-from agent.model import MAIN, Family, Identity, Lookup, Route
+from agent.model import MAIN as FOLLOWS_MAIN
+from agent.model import Facts, Family, Identity, Lookup
 from agent.plan import KINDS
+from agent.walk import MAIN, OUT, REFUSED, Fate
+from agent.wanted import Wanted
 from tests.unit import values
 
 
@@ -99,11 +103,15 @@ def test_unreadable_record(tmp_path: Path) -> None:
 # --- is the route as wanted ------------------------------------------------------------------------------------------
 
 
-def road(*identities: Identity, down: str = "") -> Route | None:
-    """The IPv4 road of the first identity, on the lab's gateway; the link `down` has lost its carrier."""
+def road(*identities: Identity, down: str = "") -> Fate:
+    """Which way the first identity's IPv4 packets go to anywhere, on the lab's gateway; the link `down` has lost its
+    carrier.
+    """
     links = [dataclasses.replace(link, carrier=link.name != down) for link in values.GATEWAY.links]
     facts = dataclasses.replace(values.GATEWAY, links=tuple(links))
-    return roads(desire(values.policy(*identities), facts))[identities[0].name, Family.IPV4]
+    wanted = Wanted(Family.IPV4, desire(values.policy(*identities), facts), Facts())
+    (found,) = wanted.way(identities[0], Given.of(destination=int(ANYWHERE[Family.IPV4])))
+    return found
 
 
 def diverted(when_down: str) -> Identity:
@@ -113,33 +121,28 @@ def diverted(when_down: str) -> Identity:
 
 def test_road_by_own_link() -> None:
     """An identity's road is its own default, while its link is there."""
-    found = road(values.INSIDE, values.OUTSIDE)
-    assert found
-    assert [hop.link for hop in found.hops] == ["vpn0"]
+    assert [link for link, _ in road(values.INSIDE, values.OUTSIDE).hops] == ["vpn0"]
 
 
 def test_road_by_detour() -> None:
     """While its link is down an identity's road is that of the identity which stands in for it."""
-    found = road(diverted("outside"), values.OUTSIDE, down="vpn0")
-    assert found
-    assert [hop.link for hop in found.hops] == ["wan"]
+    assert [link for link, _ in road(diverted("outside"), values.OUTSIDE, down="vpn0").hops] == ["wan"]
 
 
 def test_road_closed() -> None:
     """Without a road of its own or another's an identity's packets are to be refused."""
-    found = road(dataclasses.replace(values.INSIDE, link="vpn9"), values.OUTSIDE)
-    assert found
-    assert found.kind == "unreachable"
+    assert road(dataclasses.replace(values.INSIDE, link="vpn9"), values.OUTSIDE).what == REFUSED
 
 
 def test_road_of_main() -> None:
     """An identity that follows main has no road in its own table."""
-    assert road(diverted(MAIN), values.OUTSIDE, down="vpn0") is None
+    assert road(diverted(FOLLOWS_MAIN), values.OUTSIDE, down="vpn0").what == MAIN
 
 
-BY_VPN = values.route("0.0.0.0/0 dev vpn0 metric 1024", table=4001)
-SPREAD = values.route("0.0.0.0/0 nexthop dev vpn0 weight 1 nexthop dev vpn1 weight 1", table=4001)
-CLOSED = values.route("unreachable 0.0.0.0/0", table=4001)
+BY_VPN = Fate(OUT, frozenset({("vpn0", None)}))
+SPREAD = Fate(OUT, frozenset({("vpn0", None), ("vpn1", None)}))
+CLOSED = Fate(REFUSED)
+OPEN = Fate(MAIN)
 
 
 @pytest.mark.parametrize(
@@ -149,15 +152,16 @@ CLOSED = values.route("unreachable 0.0.0.0/0", table=4001)
         pytest.param(BY_VPN, Lookup(4001, "wan"), False, id="other-link"),
         pytest.param(BY_VPN, Lookup(254, "vpn0"), False, id="other-table"),
         pytest.param(BY_VPN, Lookup(error="No route to host"), False, id="refused"),
+        pytest.param(BY_VPN, Lookup(4001, "vpn0", values.GATEWAY.links[1].addresses[0].address), False, id="other-hop"),
         pytest.param(SPREAD, Lookup(4001, "vpn1"), True, id="one-of-several"),
         pytest.param(CLOSED, Lookup(error="No route to host"), True, id="closed"),
         pytest.param(CLOSED, Lookup(4001, error="unreachable"), True, id="closed-ipv6"),
         pytest.param(CLOSED, Lookup(254, "wan"), False, id="open-that-is-to-be-closed"),
-        pytest.param(None, Lookup(254, "wan"), True, id="follows-main"),
-        pytest.param(None, Lookup(error="Network is unreachable"), True, id="follows-main-that-has-none"),
-        pytest.param(None, Lookup(4001, "vpn0"), False, id="own-table-that-is-to-be-passed"),
+        pytest.param(OPEN, Lookup(254, "wan"), True, id="follows-main"),
+        pytest.param(OPEN, Lookup(error="Network is unreachable"), True, id="follows-main-that-has-none"),
+        pytest.param(OPEN, Lookup(4001, "vpn0"), False, id="own-table-that-is-to-be-passed"),
     ],
 )
-def test_agrees(wanted: Route | None, answer: Lookup, ok: bool) -> None:
-    """The kernel's answer agrees with what is wanted by its table and its link, or by having none."""
+def test_agrees(wanted: Fate, answer: Lookup, ok: bool) -> None:
+    """The kernel's answer agrees with what is wanted by its table, link and next hop, or by having none."""
     assert agrees(wanted, 4001, answer) is ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import render
+from agent.artefact import in_order, read
 from agent.desired import Desired, desire
 from agent.model import Address, Facts, Family, Fwmark, Lookup, Policy, Prefix, Rule
-from agent.proof import Explanation, Packet, arrival, decide, explain, route_of
+from agent.proof import Ask, Explanation, Loaded, Packet, arrival, decide, explain, route_of
 from tests.unit.values import (
     DEFAULTS,
     GATEWAY,
@@ -36,8 +39,25 @@ def packet(source: str, destination: str, arriving: str | None = None) -> Packet
     return Packet(ip_address(source), ip_address(destination), arriving)
 
 
-def explained(sent: Packet, desired: Desired = BOTH, **seen: object) -> Explanation:
-    return explain(desired, sent, LOCAL, **seen)  # type: ignore[arg-type]
+def explained(
+    sent: Packet,
+    desired: Desired = BOTH,
+    facts: Facts = GATEWAY,
+    *,
+    rules: Iterable[tuple[Rule, bool]] = (),
+    ask: Ask | None = None,
+) -> Explanation:
+    """The packet's way by what is rendered; with `rules` or `ask`, that is loaded, and these rules besides, each
+    with whether it is ours.
+    """
+    rendered = read(render.files(desired))
+    others = tuple(rules)
+    if not others and not ask:
+        return explain(desired, facts, rendered, sent)
+    present = in_order((*rendered.rules, *(rule for rule, _ in others)))
+    foreign = frozenset(rule for rule, ours in others if not ours)
+    loaded = Loaded(replace(rendered, rules=present, foreign=foreign), (), ask or (lambda *_: Lookup(4001, "vpn0")))
+    return explain(desired, facts, rendered, sent, loaded)
 
 
 def said(explanation: Explanation, what: str) -> list[str]:
@@ -143,8 +163,8 @@ def test_way(sent: Packet, route: str, link: str) -> None:
     assert said(explained(sent), "link") == [link]
 
 
-def test_rules_in_the_kernel_s_order() -> None:
-    """An own address is taken by its own rule and by the mark's, a member by the mark's alone."""
+def test_rules_of_both_lookups() -> None:
+    """What this host sends from its own address its rule takes, then the mark's; a member's packet the mark's alone."""
     mark = "priority 4001 fwmark 0x1000000/0x3f000000 lookup 4001 protocol 73"
     own = "priority 4001 from 192.0.2.130 lookup 4001 protocol 73"
     assert said(explained(packet("192.0.2.130", "198.51.100.10")), "rule") == [own, mark]
@@ -273,6 +293,35 @@ def test_without_asking() -> None:
 FOREIGN = Rule(Family.IPV4, 100, 52, source=Prefix.parse("192.0.2.0/24"))
 
 
+def test_what_is_loaded_is_told() -> None:
+    """A mark that the loaded chains don't write is told, and that they are others than the rendered ones."""
+    sent, rendered = packet("192.0.2.130", "198.51.100.10"), read(render.files(BOTH))
+    for loaded, why in (
+        (Loaded(replace(rendered, chains={}), (), lambda *_: Lookup(254, "wan")), "what is loaded makes it 0x0"),
+        (Loaded(rendered, ("the nft table: is not there",), lambda *_: Lookup(254)), "the nft table: is not there"),
+    ):
+        steps = explain(BOTH, GATEWAY, rendered, sent, loaded)
+        assert said(steps, "mark") == [f"NOT SO: 0x1000000/0x3f000000 is wanted, and {why}"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        pytest.param(packet("192.0.2.130", "198.51.100.10"), "passes, counted by id-inside-ipv4-transmit", id="own"),
+        pytest.param(
+            packet("10.9.0.5", "198.51.100.10", "lan"),
+            "passes, as 192.0.2.130, counted by id-inside-ipv4-transmit",
+            id="translated",
+        ),
+        pytest.param(packet("192.0.2.130", "10.9.0.5"), "passes", id="behind"),
+    ],
+)
+def test_out(sent: Packet, words: str) -> None:
+    """What happens to a packet as it leaves is told: its translation, and what counts it."""
+    desired = desire(policy(replace(INSIDE, masquerade=True), OUTSIDE), GATEWAY)
+    assert said(explained(sent, desired), "out") == [words]
+
+
 @pytest.mark.parametrize(
     ("rule", "ours", "words"),
     [
@@ -371,8 +420,9 @@ def test_decides_as_the_maps_do(written: Policy, facts: Facts, source: Address, 
         for span in desired.classes
         if span.family is Family.IPV4 and span.first <= int(source) <= span.last
     ]
-    found = explain(desired, Packet(source, destination)).identity
-    assert ([found] if found else []) == owners
+    found = explained(Packet(source, destination), desired, facts)
+    assert not any(words.startswith("NOT") for _, words in found.steps)
+    assert ([found.identity] if found.identity else []) == owners
 
 
 def test_packet_text() -> None:
