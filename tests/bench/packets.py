@@ -22,23 +22,27 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.model import Family
 from tests.bench import room
-from tests.bench.contestants import BARE, EVERYBODY, FLOOR, IDMARK, YARDSTICKS, Contestant, variant, write_policy
+from tests.bench.contestants import BARE, EVERYBODY, FLOOR, IDMARK, SOME, YARDSTICKS, Contestant, variant, write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure
 from tests.bench.sources import FLOWS, SHAPES, Sources, draw
 from tests.bench.world import UPLINKS, Bursts, FailedError, Generator, World, world
 
 SIZES = (2, 16, 1024, 131072)
+QUICK_SIZES = (16, 1024)
 #: Packets of a burst of forwarded packets. A few hundred microseconds are short beside the scheduler's slices, so that
 #: most bursts have the CPU for themselves also on a machine that does other work.
 SIZE = 128
 #: What local traffic is, and how many packets, exchanges or blocks of 64 KiB make a burst.
 LOCAL = {"udp": 128, "tcp-rr": 32, "tcp": 8}
+#: What a gateway's own packets cost hardly depends on its members: once is enough.
+LOCAL_SOURCES = ("mixed", 1024)
+SEED = 73
 #: Bursts until caches are warm: every flow has been seen.
 WARM = FLOWS // SIZE
 
@@ -51,7 +55,7 @@ class Effort:
     bursts: int
 
 
-FULL, QUICK = Effort(15, 400), Effort(5, 200)
+FULL, QUICK = Effort(15, 400), Effort(3, 150)
 
 
 @dataclass
@@ -242,7 +246,14 @@ def profile(block: Block, generator: Generator, directory: Path) -> str:
     return "\n".join(lines)
 
 
-def blocks(families: Sequence[Family], shapes: Sequence[str], sizes: Sequence[int], seed: int) -> Iterator[Sources]:
+def usual(*, quick: bool) -> Iterator[Sources]:
+    """The sources that `./dev bench` measures."""
+    return blocks([Family.IPV4], ["mixed"], QUICK_SIZES) if quick else blocks([*Family], [*SHAPES], SIZES)
+
+
+def blocks(
+    families: Sequence[Family], shapes: Sequence[str], sizes: Sequence[int], seed: int = SEED
+) -> Iterator[Sources]:
     """All kinds of sources. A mixture of lengths takes a few sources to be one."""
     for family in families:
         for shape in shapes:
@@ -253,25 +264,28 @@ def blocks(families: Sequence[Family], shapes: Sequence[str], sizes: Sequence[in
 
 def run(
     effort: Effort,
-    several: Sequence[Sources],
-    contestants: Sequence[Contestant],
-    traffic: Sequence[str],
-    seed: int,
+    several: Iterable[Sources],
+    contestants: Sequence[Contestant] = EVERYBODY,
+    traffic: Sequence[str] = (),
     *,
+    seed: int = SEED,
     profiled: bool = False,
 ) -> Report:
-    """Measure; what was found has been printed as well. To be called inside the room."""
+    """Measure; what was found has been printed as well. To be called inside the room.
+
+    Without a word about the `traffic`, local packets are measured as well where the sources are LOCAL_SOURCES.
+    """
     report = Report("packets", __doc__.split("\n\n")[1] + ABOUT, room.machine())
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(dir="/run") as name:
         directory = Path(name)
         generator = Generator(room.build(directory))
         for sources in several:
-            print(f"preparing {sources.family}, {sources.shape}, {len(sources.prefixes)} sources", file=sys.stderr)
+            print(f"measuring: {sources.family}, {sources.shape}, {len(sources.prefixes)} sources", file=sys.stderr)
             with block(sources, contestants, directory, seed) as here:
-                if "forwarded" in traffic:
+                if not traffic or "forwarded" in traffic:
                     forwarded(here, generator, effort, chance, report)
-                if "local" in traffic:
+                if "local" in traffic or (not traffic and (sources.shape, len(sources.prefixes)) == LOCAL_SOURCES):
                     local(here, generator, effort, chance, report)
                 if profiled:
                     print(profile(here, generator, directory))
@@ -294,7 +308,7 @@ def main() -> int:
     parser.add_argument("--family", nargs="+", choices=[*Family], type=Family)
     parser.add_argument("--shape", nargs="+", choices=[*SHAPES])
     parser.add_argument("--sources", nargs="+", type=int, help="how many")
-    parser.add_argument("--traffic", nargs="+", choices=["forwarded", "local"], default=["forwarded"])
+    parser.add_argument("--traffic", nargs="+", choices=["forwarded", "local"], help="this, whatever the sources are")
     parser.add_argument("--only", nargs="+", choices=names, help="these contestants, and the yardsticks")
     parser.add_argument(
         "--try", nargs="+", type=Path, metavar="FILE.nft", dest="tried", help="this in the table's place"
@@ -307,20 +321,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--bursts", type=int)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seed", type=int, default=73)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--results", type=Path, metavar="DIR", help="write packets.md and packets.json there")
     arguments = parser.parse_args()
     small = bool(arguments.tried or arguments.write)
     several = blocks(
         arguments.family or ([Family.IPV4] if small or arguments.quick else [*Family]),
         arguments.shape or (["mixed"] if small or arguments.quick else [*SHAPES]),
-        arguments.sources or ([1024] if small else (16, 1024) if arguments.quick else SIZES),
+        arguments.sources or ([1024] if small else QUICK_SIZES if arguments.quick else SIZES),
         arguments.seed,
     )
     if arguments.write:
         return _write(next(several), arguments.write)
     room.enter()
-    contestants: Sequence[Contestant] = EVERYBODY
+    contestants: Sequence[Contestant] = SOME if arguments.quick else EVERYBODY
     if arguments.tried:
         contestants = (*YARDSTICKS, IDMARK, *(variant(path, arguments.routing) for path in arguments.tried))
     elif arguments.only:
@@ -328,7 +342,8 @@ def main() -> int:
         contestants = [contestant for contestant in EVERYBODY if contestant.name in asked]
     usual = QUICK if arguments.quick else FULL
     effort = Effort(arguments.rounds or usual.rounds, arguments.bursts or usual.bursts)
-    report = run(effort, [*several], contestants, arguments.traffic, arguments.seed, profiled=arguments.profile)
+    traffic = arguments.traffic or (["forwarded"] if small else [])
+    report = run(effort, several, contestants, traffic, seed=arguments.seed, profiled=arguments.profile)
     if arguments.results:
         report.write(arguments.results)
     return 0 if report.figures else 2
