@@ -47,7 +47,7 @@ class Effort:
     beside: int
 
 
-FULL = Effort((10_000, 100_000, 1_000_000), (100, 10_000, 100_000, 1_000_000), (1, 100), 5, 100_000)
+FULL = Effort((10_000, 100_000, 1_000_000), (100, 10_000, 100_000, 1_000_000), (1, 10, 100), 5, 100_000)
 QUICK = Effort((10_000,), (100, 10_000), (1, 100), 3, 1000)
 
 
@@ -108,8 +108,17 @@ def first(effort: Effort, directory: Path, report: Report) -> None:
                 rows.append((name, f"{count:,}", *_first_cells(several, by_hand)))
                 report.figures.append(_first_figure(name, count, several))
             else:
-                rows.append((name, f"{count:,}", failures[name], "", "", "", ""))
-    columns = ("first apply", "sources", "seconds", "CPU seconds", "MiB", "time : nft -f", "memory : nft -f")
+                rows.append((name, f"{count:,}", failures[name], *[""] * 5))
+    columns = (
+        "first apply",
+        "sources",
+        "seconds",
+        "CPU seconds",
+        "MiB",
+        "time : nft -f",
+        "CPU : nft -f",
+        "memory : nft -f",
+    )
     report.add(Table("first apply, and nft -f of one interval map", columns, tuple(rows)))
 
 
@@ -117,9 +126,12 @@ def _first_cells(costs: list[Cost], by_hand: list[Cost]) -> tuple[str, ...]:
     seconds, cpu, memory = _spreads(costs)
     cells = (seconds.text(2), cpu.text(2), memory.text())
     if not by_hand:
-        return (*cells, "", "")
+        return (*cells, "", "", "")
     least = _spreads(by_hand)
-    return (*cells, f"{seconds.median / least[0].median:.2f}", f"{memory.median / least[2].median:.2f}")
+    return (
+        *cells,
+        *(f"{own.median / other.median:.2f}" for own, other in zip((seconds, cpu, memory), least, strict=True)),
+    )
 
 
 def _first_figure(name: str, count: int, costs: list[Cost]) -> dict[str, object]:
@@ -169,7 +181,9 @@ def changes(effort: Effort, directory: Path, report: Report) -> None:
         try:
             with in_force(count, directory) as (here, listed):
                 for step in effort.steps:
-                    rows += _changed(here, listed, step, effort.rounds, report)
+                    for change in _changed(here, listed, step, effort.rounds):
+                        rows.append(change.row)
+                        report.figures.append(change.figure)
                 passes.append(_nothing_to_do(here, listed, effort.rounds, report))
         except FailedError as error:
             rows.append(("idmark", f"{count:,}", "", str(error)))
@@ -181,7 +195,7 @@ def changes(effort: Effort, directory: Path, report: Report) -> None:
     report.add(Table("a pass that finds nothing to do", columns, tuple(passes)))
 
 
-def _changed(here: World, listed: Sources, step: int, rounds: int, report: Report) -> Iterator[tuple[str, ...]]:
+def _changed(here: World, listed: Sources, step: int, rounds: int) -> Iterator[Change]:
     chance = random.Random(step)
     whole, looks, acks = [], [], []
     count = len(listed.prefixes)
@@ -196,15 +210,28 @@ def _changed(here: World, listed: Sources, step: int, rounds: int, report: Repor
         ("a running program, until the difference is known", looks),
         ("a running program, from then until the kernel has it", acks),
     ):
-        yield _change_row(report, name, count, step, values)
+        yield Change(name, count, step, Spread.of(values))
 
 
-def _change_row(report: Report, name: str, count: int, step: int, seconds: list[float]) -> tuple[str, ...]:
-    spread = Spread.of(seconds)
-    report.figures.append(
-        {"what": "change", "way": name, "sources": count, "changed": step, "seconds": spread_figure(spread)}
-    )
-    return (name, f"{count:,}", str(step), spread.text(1, 1000))
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What several changes of the same kind took, seconds."""
+
+    way: str
+    sources: int
+    changed: int
+    spread: Spread
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """As a row of a table."""
+        return (self.way, f"{self.sources:,}", str(self.changed), self.spread.text(1, 1000))
+
+    @property
+    def figure(self) -> dict[str, object]:
+        """For JSON."""
+        labels = {"what": "change", "way": self.way, "sources": self.sources, "changed": self.changed}
+        return {**labels, "seconds": spread_figure(self.spread)}
 
 
 def _changed_by_hand(here: World, count: int, effort: Effort, report: Report) -> Iterator[tuple[str, ...]]:
@@ -222,7 +249,9 @@ def _changed_by_hand(here: World, count: int, effort: Effort, report: Report) ->
                     f"delete element inet marks sources {{ {keys} }}\nadd element inet marks sources {{ {values} }}\n"
                 )
                 seconds.append(nft(here, text).seconds)
-            yield _change_row(report, name, count, step, seconds)
+            change = Change(name, count, step, Spread.of(seconds))
+            report.figures.append(change.figure)
+            yield change.row
     except FailedError as error:
         yield (name, f"{count:,}", "", str(error))
 
@@ -254,6 +283,9 @@ def foreign(here: World) -> None:
     here.ip([f"route add {0x60 + (n >> 16)}.{n >> 8 & 255}.{n & 255}.0/24 {hop}" for n in range(FOREIGN_ROUTES)])
 
 
+#: Rounds of what takes milliseconds.
+OFTEN = 21
+#: A map that an operator has for himself.
 OPERATORS = (
     "table inet operators {{\n    map own {{ type ipv4_addr : mark; {flags} elements = {{ 10.0.0.1 : 1 }}\n    }}\n}}\n"
 )
@@ -261,34 +293,29 @@ OPERATORS = (
 
 def neighbours(effort: Effort, directory: Path, report: Report) -> None:
     """What an operator's own commands cost beside us; and what ours cost beside others."""
-    rows = []
-    for name, ours in (("without idmark", False), (f"beside idmark with {effort.beside:,} sources", True)):
-        with world(f"operator-{ours:d}", directory) as here:
-            if ours:
-                apply(here, write_policy(sources(effort.beside), here.directory))
-            listing = Spread.of(_listed(here) for _ in range(effort.rounds))
-            cells = [name, listing.text(1, 1000)]
-            for flags in ("", "flags interval;"):
+    with world("without", directory) as without, in_force(effort.beside, directory) as (beside, _):
+        gateways = {"without idmark": without, f"beside idmark with {effort.beside:,} sources": beside}
+        cells = {name: [name] for name in gateways}
+        for command, flags, measure in OPERATORS_COMMANDS:
+            for here in gateways.values():
                 here.nft(OPERATORS.format(flags=flags))
-                adding = Spread.of(_added(here, number) for number in range(effort.rounds))
+            times: dict[str, list[float]] = {name: [] for name in gateways}
+            for number in range(OFTEN):
+                for name, here in gateways.items():
+                    times[name].append(measure(here, number))
+            for name, here in gateways.items():
                 here.run(["nft", "delete", "table", "inet", "operators"])
-                cells.append(adding.text(1, 1000))
+                spread = Spread.of(times[name])
+                cells[name].append(spread.text(1, 1000))
                 report.figures.append(
-                    {"what": "add element", "beside": name, "interval": bool(flags), "seconds": spread_figure(adding)}
+                    {"what": "operator", "command": command, "beside": name, "seconds": spread_figure(spread)}
                 )
-            report.figures.append({"what": "list", "beside": name, "seconds": spread_figure(listing)})
-            rows.append(tuple(cells))
-    columns = (
-        "an operator's commands",
-        "nft -t list ruleset, ms",
-        "add element, hash, ms",
-        "add element, interval, ms",
-    )
-    report.add(Table("what others' commands take beside us", columns, tuple(rows)))
+    columns = ("an operator's commands", *(f"{command}, ms" for command, *_ in OPERATORS_COMMANDS))
+    report.add(Table("what others' commands take beside us", columns, tuple(map(tuple, cells.values()))))
     _beside(effort, directory, report)
 
 
-def _listed(here: World) -> float:
+def _listed(here: World, number: int) -> float:
     with here.gateway.inside():
         return timed(["nft", "-t", "list", "ruleset"]).seconds
 
@@ -296,6 +323,14 @@ def _listed(here: World) -> float:
 def _added(here: World, number: int) -> float:
     with here.gateway.inside():
         return timed(["nft", f"add element inet operators own {{ 10.0.1.{number} : 2 }}"]).seconds
+
+
+#: Each with the flags of the operator's own map.
+OPERATORS_COMMANDS: tuple[tuple[str, str, Callable[[World, int], float]], ...] = (
+    ("nft -t list ruleset", "", _listed),
+    ("add element, hash", "", _added),
+    ("add element, interval", "flags interval;", _added),
+)
 
 
 def _beside(effort: Effort, directory: Path, report: Report) -> None:
@@ -308,8 +343,8 @@ def _beside(effort: Effort, directory: Path, report: Report) -> None:
             listed = sources(count)
             began = apply(here, write_policy(listed, here.directory)).seconds
             nothing = _nothing_to_do(here, listed, effort.rounds, report)
-            changed = list(_changed(here, listed, 1, effort.rounds, report))
-            rows.append((name, f"{began:.2f}", *nothing[2:], *(row[3] for row in changed)))
+            changed = [change.row[3] for change in _changed(here, listed, 1, effort.rounds)]
+            rows.append((name, f"{began:.2f}", *nothing[2:], *changed))
             report.figures.append({"what": "beside", "others": name, "sources": count, "cells": rows[-1][1:]})
     columns = (
         f"idmark with {count:,} sources, beside",
@@ -344,9 +379,7 @@ def memory(effort: Effort, directory: Path, report: Report) -> None:
                     {"what": "kernel memory", "way": name, "sources": count, "mebibytes": round(kernel.mebibytes)}
                 )
     columns = ("with nft monitor running", "sources", "kernel's memory at the most, MiB", "seconds")
-    note = (
-        "Memory that the machine lacked meanwhile, beyond what the processes held: less kernel than this, never more."
-    )
+    note = "What the machine had less of, beyond what the processes took; other programs on it are in this figure."
     report.add(Table("the kernel's memory during a first apply", columns, tuple(rows), (note,)))
 
 

@@ -75,6 +75,7 @@ def machine() -> dict[str, str]:
         "iptables": _version("iptables", "--version"),
         "ipset": _version("ipset", "--version"),
         "Python": platform.python_version(),
+        "load when it began": f"{os.getloadavg()[0]:.1f}",
         "privilege": "root" if is_privileged() else "user namespace",
     }
 
@@ -83,4 +84,5 @@ def _version(program: str, option: str) -> str:
     if not shutil.which(program):
         return "none"
     said = subprocess.run([program, option], capture_output=True, text=True, check=False).stdout
-    return said.splitlines()[0].partition("(Lester")[0].removeprefix(program).strip(" ,v") if said else "unknown"
+    found = re.search(r"v(\d[\d.]*( \(nf_tables\)| \(legacy\))?)", said)
+    return found[1] if found else "unknown"
