@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from agent import IdmarkError
 from agent.kernel.nfnl import Nfnl
 from agent.model import Family
 from tests.bench import room
@@ -30,7 +31,7 @@ from tests.bench.contestants import write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure
 from tests.bench.process import Cost, resident, timed, took
 from tests.bench.sources import draw
-from tests.bench.world import UPLINKS, World, world
+from tests.bench.world import UPLINKS, FailedError, World, world
 from tests.kernel.running import Running, running
 
 SEED = 73
@@ -229,7 +230,10 @@ def run(effort: Effort, parts: Sequence[str] = (*PARTS,)) -> Report:
     for part in parts:
         print(f"measuring: {part}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir="/run") as directory:
-            PARTS[part](effort, Path(directory), report)
+            try:
+                PARTS[part](effort, Path(directory), report)
+            except (FailedError, IdmarkError) as error:
+                report.add(Table(part, ("could not be measured to its end",), ((str(error),),)))
     return report
 
 

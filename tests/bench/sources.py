@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.model import Family, Prefix
 
@@ -33,20 +33,25 @@ PORTS = (1024, 65535)
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Prefixes of one family; the n-th belongs to identity n modulo 2."""
+    """Prefixes of one family; the n-th belongs to identity n modulo 2, or to the other one where it has `moved`."""
 
     family: Family
     shape: str
     prefixes: tuple[Prefix, ...]
+    moved: frozenset[int] = frozenset()
 
     def of(self, identity: int) -> tuple[Prefix, ...]:
         """The prefixes of identity 0 or 1."""
-        return self.prefixes[identity::IDENTITIES]
+        return tuple(prefix for prefix, whose in self.each() if whose == identity)
 
     def each(self) -> Iterator[tuple[Prefix, int]]:
         """Each prefix, and whose it is."""
         for number, prefix in enumerate(self.prefixes):
-            yield prefix, number % IDENTITIES
+            yield prefix, (number + (number in self.moved)) % IDENTITIES
+
+    def move(self, count: int, chance: random.Random) -> Sources:
+        """The same prefixes, of which `count` have got the other identity."""
+        return replace(self, moved=frozenset(chance.sample(range(len(self.prefixes)), count)))
 
     def flows(self, chance: random.Random) -> bytes:
         """Source addresses and ports as traffic.c reads them. The flows are as many whatever the sources are."""
