@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agent.model import Family
@@ -216,33 +216,30 @@ def _lengths(sources: Sources) -> str:
 
 
 def profile(block: Block, generator: Generator, directory: Path) -> str:
-    """Where the time goes at each gateway, as perf(1) sees it on the packets' CPU."""
+    """Where the time goes at each gateway, as perf(1) sees it: all that happens to a packet happens in its sender."""
     if not shutil.which("perf"):
         return "there is no perf(1) here\n"
+    data = directory / "perf.data"
+    watched = replace(
+        generator, under=("perf", "record", "-q", "-e", "cpu-clock", "-F", "9999", "-o", os.fspath(data), "--")
+    )
     lines = []
     for entry in block.entries:
-        data = directory / "perf.data"
-        record = [
+        watched.forwarded(entry.world, block.sources.family, block.flows, Bursts(6000, SIZE, 0))
+        words = [
             "perf",
-            "record",
-            "-q",
-            "-e",
-            "cpu-clock",
-            "-F",
-            "9999",
-            "-C",
-            str(room.cpu()),
-            "-o",
-            str(data),
-            "sleep",
-            "2",
+            "report",
+            "-i",
+            os.fspath(data),
+            "--stdio",
+            "--fields",
+            "overhead,sym",
+            "--percent-limit",
+            "0.8",
         ]
-        with subprocess.Popen(record, stderr=subprocess.DEVNULL) as recorder:
-            generator.forwarded(entry.world, block.sources.family, block.flows, Bursts(6000, SIZE, 0))
-            recorder.wait()
-        words = ["perf", "report", "-i", str(data), "--stdio", "--sort", "symbol", "--percent-limit", "1"]
         said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-        lines += [f"--- {entry.name}", *(line for line in said.splitlines() if line and not line.startswith("#")), ""]
+        found = [line.rstrip() for line in said.splitlines() if line.strip() and not line.startswith("#")]
+        lines += [f"--- {entry.name}", *found, ""]
     return "\n".join(lines)
 
 
@@ -309,7 +306,7 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", choices=[*SHAPES])
     parser.add_argument("--sources", nargs="+", type=int, help="how many")
     parser.add_argument("--traffic", nargs="+", choices=["forwarded", "local"], help="this, whatever the sources are")
-    parser.add_argument("--only", nargs="+", choices=names, help="these contestants, and the yardsticks")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"the yardsticks, and of {names}")
     parser.add_argument(
         "--try", nargs="+", type=Path, metavar="FILE.nft", dest="tried", help="this in the table's place"
     )

@@ -128,9 +128,13 @@ class Bursts:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """traffic.c, compiled. What it measured comes as nanoseconds a packet, exchange or block, one number a burst."""
+    """traffic.c, compiled. What it measured comes as nanoseconds a packet, exchange or block, one number a burst.
+
+    `under` are the words of a command that runs it and watches.
+    """
 
     program: Path
+    under: tuple[str, ...] = ()
 
     def forwarded(self, world: World, family: Family, flows: Path, bursts: Bursts) -> list[float]:
         """Send through the gateway. Raises FailedError: some packets were lost."""
@@ -152,14 +156,8 @@ class Generator:
         return self._run(world.gateway, kind, bursts, names)
 
     def _run(self, host: Host, kind: str, bursts: Bursts, operands: list[str]) -> list[float]:
-        command = [
-            os.fspath(self.program),
-            kind,
-            str(room.cpu()),
-            str(bursts.warm + bursts.count),
-            str(bursts.size),
-            *operands,
-        ]
+        numbers = [room.cpu(), bursts.warm + bursts.count, bursts.size]
+        command = [*self.under, os.fspath(self.program), kind, *map(str, numbers), *operands]
         with host.inside():
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
