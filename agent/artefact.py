@@ -25,13 +25,14 @@ class ArtefactError(IdmarkError):
 
 
 class Field(NamedTuple):
-    """What a match or a map looks at: `mark` (with a mask), `iifname`, `oifname`, `saddr`, `daddr`, `original` (the
-    destination that the connection was made to; addresses are of a family), `nfproto`, `status`, `direction`, `syn`.
+    """What a match or a map looks at: `mark`, `iifname`, `oifname`, `saddr`, `daddr`, `original` (the destination that
+    the connection was made to; addresses are of a family), `nfproto`, `status`, `direction`, `syn`. Of marks and
+    addresses the bits of `mask`; by default all.
     """
 
     name: str
     family: Family | None = None
-    mask: int = ALL_BITS
+    mask: int = -1
 
 
 class Match(NamedTuple):
@@ -58,9 +59,9 @@ class SetMark(NamedTuple):
 
 
 class VerdictBy(NamedTuple):
-    """The verdict that a map has for a field."""
+    """The verdict that a map has for fields."""
 
-    field: Field
+    fields: tuple[Field, ...]
     map: str
 
 
@@ -82,12 +83,15 @@ Action = Verdict | SetMark | VerdictBy | CountBy | Translate | None
 
 
 class Line(NamedTuple):
-    """A rule of a chain: its matches in order, and what is done then (None: nothing that a packet's way depends on)."""
+    """A rule of a chain: its matches in order, the counter that counts what they take ("": none), and what is done then
+    (None: nothing that a packet's way depends on).
+    """
 
     matches: tuple[Match, ...]
     action: Action
     text: str
     comment: str
+    counter: str = ""
 
 
 class Chain(NamedTuple):
@@ -168,7 +172,7 @@ def in_order(rules: Iterable[Rule]) -> tuple[Rule, ...]:
 TOKEN = re.compile(r'"[^"]*"|[{},;]|[^\s{},;"]+')
 COMMENTED = re.compile(r'(?P<text>.*?) ?comment "(?P<comment>[^"]*)"$')
 HOOKED = re.compile(r"type (filter|route|nat) hook (prerouting|output|postrouting) priority (-?\d+); policy (\w+);$")
-TYPED = re.compile(r"type ([\w. ]+?)(?: : (verdict|counter))?;( flags interval;)?$")
+TYPED = re.compile(r"type ([\w. ]+?)(?: : (verdict|counter))?;( flags interval;)?(?: size (\d+);)?$")
 FAMILIES = {"ip": Family.IPV4, "ip6": Family.IPV6}
 KEYS = frozenset({"ipv4_addr", "ipv6_addr", "mark", "ifname"})
 #: Words that may stand where a match is, and what they look at.
@@ -249,7 +253,7 @@ class _Ruleset:
 
     def _set(self, name: str) -> Named:
         keys: tuple[str, ...] = ()
-        value, interval, elements = "", False, list[tuple[str, str]]()
+        value, interval, size, elements = "", False, 0, list[tuple[str, str]]()
         inside = False
         for line in self._each():
             if inside and line != "}":
@@ -260,6 +264,8 @@ class _Ruleset:
             elif line == "}":
                 if not keys or not KEYS.issuperset(keys) or (interval and len(keys) > 1):
                     raise self._wrong(f"the type of {name}")
+                if size and len(elements) > size:
+                    raise self._wrong(f"{name} holds more than {size}")
                 try:
                     return Named(name, keys, value, interval, elements)
                 except (OSError, ValueError) as error:
@@ -268,6 +274,7 @@ class _Ruleset:
                 inside = True
             elif typed := TYPED.match(line):
                 keys, value, interval = tuple(typed[1].split(" . ")), typed[2] or "", bool(typed[3])
+                size = int(typed[4] or 0)
             else:
                 raise self._wrong(line)
         raise self._wrong(f"{name} has no end")
@@ -290,13 +297,17 @@ class _Ruleset:
     def _line(self, text: str, comment: str) -> Line:
         words = TOKEN.findall(text)
         matches: list[Match] = []
+        counter = ""
         try:
             while words:
+                if words[:2] == ["counter", "name"] and words[2].startswith('"'):
+                    counter = words[2].strip('"')
+                    del words[:3]
                 action, done = _action(words)
                 if done:
                     if words:
                         raise self._wrong(text)
-                    return Line(tuple(matches), action, text, comment)
+                    return Line(tuple(matches), action, text, comment, counter)
                 matches.append(_match(words))
         except (IndexError, ValueError, KeyError, OSError) as error:
             raise self._wrong(text) from error
@@ -308,12 +319,14 @@ class _Ruleset:
             for line in chain.lines:
                 used = [(match.among, match.fields, "") for match in line.matches if match.among]
                 match line.action:
-                    case VerdictBy(field, name):
-                        used.append((name, (field,), "verdict"))
+                    case VerdictBy(fields, name):
+                        used.append((name, fields, "verdict"))
                     case CountBy(fields, name):
                         used.append((name, fields, "counter"))
                     case Verdict(_, target) if target and target not in chains:
                         raise self._wrong(f"there is no chain {target}")
+                if line.counter and line.counter not in counters:
+                    raise self._wrong(f"there is no counter {line.counter}")
                 for name, fields, value in used:
                     if name not in sets or (sets[name].keys, sets[name].value) != (tuple(map(_type, fields)), value):
                         raise self._wrong(f"{name} is no {value or 'set'} for: {line.text}")
@@ -349,13 +362,18 @@ def _action(words: list[str]) -> tuple[Action, bool]:
             raise ValueError(words)
         words.clear()
         return None, True
-    if "vmap" in words[1:6]:
-        rest = words[words.index("vmap") :]
-        if len(rest) == 2 and len(words) - len(rest) in {2, 4}:
-            (field,) = _fields(words)
-            _take(words, "vmap")
-            return VerdictBy(field, words.pop(0).removeprefix("@")), True
+    if words[-2:-1] == ["vmap"] and _reads_fields(words[:-2]):
+        fields = _fields(words)
+        _take(words, "vmap")
+        return VerdictBy(fields, words.pop(0).removeprefix("@")), True
     return None, False
+
+
+def _reads_fields(words: list[str]) -> bool:
+    """Whether these words are fields and nothing more: no match before them."""
+    left = [*words]
+    _fields(left)
+    return not left
 
 
 def _set_mark(words: list[str]) -> SetMark:
@@ -413,10 +431,10 @@ def _field(words: list[str]) -> Field:
             return Field(name)
         case ["ip" | "ip6" as family, "saddr" | "daddr" as name, *_]:
             del words[:2]
-            return Field(name, FAMILIES[family])
+            return Field(name, FAMILIES[family], _mask(words, FAMILIES[family]))
         case ["ct", "original", "ip" | "ip6" as family, "daddr", *_]:
             del words[:4]
-            return Field("original", FAMILIES[family])
+            return Field("original", FAMILIES[family], _mask(words, FAMILIES[family]))
         case ["ct", "status" | "direction" as name, *_]:
             del words[:2]
             return Field(name)
@@ -424,6 +442,18 @@ def _field(words: list[str]) -> Field:
             del words[:4]
             return Field("syn")
     raise ValueError(words)
+
+
+def _mask(words: list[str], family: Family) -> int:
+    """The bits of an address that are looked at: the first so many."""
+    if words[:1] != ["&"]:
+        return -1
+    mask = _number(words[1], family)
+    length = mask.bit_count()
+    if mask != ((1 << length) - 1) << family.bits - length:
+        raise ValueError(f"{words[1]} is no network's mask")
+    del words[:2]
+    return mask
 
 
 def _value(field: Field, word: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -36,15 +37,41 @@ def _names(draft: Draft) -> Iterator[Fault]:
 
 
 def _ids(draft: Draft) -> Iterator[Fault]:
-    mask = draft.kernel.mark_mask
+    mask, way_bits = draft.kernel.mark_mask, draft.kernel.way_bits or 0
     ids: list[tuple[int, Place]] = [
         (table.id, ("identity", name, "id")) for name, table in draft.identities if table.id is not None
     ]
     for number, where in ids:
-        if mask and not 1 <= number <= mask // (mask & -mask):
-            yield draft.fault(where, f"{number} does not fit mask {mask:#x} (1..{mask // (mask & -mask)})")
+        most = (mask // (mask & -mask)) >> way_bits if mask else number
+        if not 1 <= number <= most:
+            without = f" without its {way_bits} bits for ways" if way_bits else ""
+            fits = f"(1..{most}){_wider(number, way_bits)}"
+            yield draft.fault(where, f"{number} does not fit mask {mask:#x}{without} {fits}")
     for number, where, before in _repeated(ids):
         yield draft.fault(where, f"{number} is also the id of {draft.owner(*before)}")
+
+
+def _wider(number: int, way_bits: int) -> str:
+    """The mask that an id fits, at the upper end of the quiet bits (kernel-facts: 24 to 29), if there is one."""
+    bits = max(number, 1).bit_length() + way_bits
+    return f": kernel.mark_mask = {((1 << bits) - 1) << 30 - bits:#x} would do" if number > 0 and bits <= 30 else ""
+
+
+def _ways(draft: Draft) -> Iterator[Fault]:
+    bits, mask = draft.kernel.way_bits, draft.kernel.mark_mask
+    if not bits or not mask:
+        return
+    if bits >= mask.bit_count():
+        rule = f"{bits} of the {mask.bit_count()} bits of {mask:#x}: none is left for ids"
+        yield draft.fault(("kernel", "way_bits"), rule)
+    shared = Counter(
+        (table.link, str(table.next_hop), table.when_down)
+        for _, table in draft.identities
+        if table.addresses == [] and not table.probe
+    )
+    ways = sum(count > 1 for count in shared.values())
+    if ways >= 1 << bits:
+        yield draft.fault(("kernel", "way_bits"), f"{bits} bits number {(1 << bits) - 1} ways, and {ways} are shared")
 
 
 def _tables(draft: Draft) -> Iterator[Fault]:
@@ -105,6 +132,8 @@ def _shared_links(draft: Draft) -> Iterator[Fault]:
         if table.link is None or table.next_hop is None or None in [*table.next_hop]:
             continue
         for family in families:
+            if draft.kernel.way_bits and table.addresses == [] and not table.probe:
+                break  # it shares the way out with others
             hop = _hop_text(table.next_hop, family)
             other = hops.setdefault((table.link, family, hop), name)
             if other != name:
@@ -188,6 +217,9 @@ def _masquerades(draft: Draft) -> Iterator[Fault]:
             if table.masquerade:
                 rule = f"the identity has {family} members, and no {family} address to translate them to"
                 yield draft.fault(("identity", name, "masquerade"), f"true cannot work: {rule}")
+        if table.masquerade and draft.kernel.nat is False:
+            rule = "kernel.nat = false says that nothing on this host translates addresses"
+            yield draft.fault(("identity", name, "masquerade"), f"true cannot work: {rule}")
 
 
 def _when_down(draft: Draft) -> Iterator[Fault]:
@@ -255,6 +287,7 @@ CHECKS: tuple[_Check, ...] = (
     _next_hops,
     _next_hop_families,
     _masquerades,
+    _ways,
     _when_down,
     _probes,
     _downstream,

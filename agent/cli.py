@@ -35,6 +35,8 @@ OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "rollback", "remove"})
 CAP_NET_ADMIN = 12
+#: So many identities are named one by one.
+FEW = 20
 #: So long a flow is traced, at most.
 MOST_SECONDS = 600
 
@@ -111,7 +113,8 @@ def check(args: argparse.Namespace) -> int:
         warnings = list(policy.warnings)
         print(json.dumps({"usable": True, "faults": [], "warnings": warnings, "digest": policy.digest}, indent=1))
     else:
-        identities = ", ".join(identity.name for identity in policy.identities)
+        names = [identity.name for identity in policy.identities]
+        identities = ", ".join(names) if len(names) <= FEW else f"{len(names)} identities"
         print(f"{args.policy}: good: {policy.gateway} with {identities}; policy {policy.digest[:12]}")
     return OK
 
@@ -152,7 +155,7 @@ def facts(args: argparse.Namespace) -> int:
 
     policy = _policy(args)
     with _kernel(args) as kernel:
-        print(facts.dump(facts.take(policy, kernel.rtnl, kernel.sysctls)), end="")
+        print(facts.dump(facts.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)), end="")
     return OK
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from agent.model import Chain, NftSet, Statement, Table
+from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
 
 #: Above this many deletions a map is flushed and filled again: nft looks for each element from the start.
 FEW = 64
@@ -45,7 +45,8 @@ def _declarations(wanted: Table) -> Iterator[str]:
 
 def _type(nft_set: NftSet) -> str:
     value = f" : {nft_set.value}" if nft_set.value else ""
-    return f"type {nft_set.key}{value};{' flags interval;' if nft_set.interval else ''}"
+    size = f" size {nft_set.size};" if nft_set.size else ""
+    return f"type {nft_set.key}{value};{' flags interval;' if nft_set.interval else ''}{size}"
 
 
 def _set_lines(nft_set: NftSet) -> list[str]:
@@ -68,11 +69,12 @@ def _documented(chain: Chain) -> list[str]:
 def chain_lines(chain: Chain) -> list[str]:
     """A chain with its hook and rules, a line each."""
     lines = [f"chain {chain.name} {{"] + [f"    {chain.hook}"] * bool(chain.hook)
-    lines += [f"    {_rule(statement)}" for statement in chain.rules]
+    lines += [f"    {rule_line(statement)}" for statement in chain.rules]
     return [*lines, "}"]
 
 
-def _rule(statement: Statement) -> str:
+def rule_line(statement: Statement) -> str:
+    """A rule as it stands in a chain, and behind `add rule`."""
     return f'{statement.text} comment "{statement.comment}"'
 
 
@@ -108,14 +110,19 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
             commands.append(f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}")
     for nft_set in wanted.sets:
         if nft_set.name not in fitting_sets:
-            commands.append(f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)} }}")
+            commands.append(declaration(name, nft_set))
         commands += element_changes(name, nft_set, fitting_sets.get(nft_set.name))
     if rules_anew:
-        commands += [f"add rule inet {name} {c.name} {_rule(rule)}" for c in wanted.chains for rule in c.rules]
+        commands += [f"add rule inet {name} {c.name} {rule_line(rule)}" for c in wanted.chains for rule in c.rules]
     # Last, for elements may have pointed there.
     commands += [f"delete chain inet {name} {chain}" for chain in stale_chains]
     commands += [f"delete counter inet {name} {c}" for c in present.counters if c not in set(wanted.counters)]
     return tuple(commands)
+
+
+def declaration(name: str, nft_set: NftSet) -> str:
+    """The command that makes a set, with nothing in it."""
+    return f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)} }}"
 
 
 def _rules_differ(wanted: Table, present: dict[str, Chain]) -> bool:
@@ -127,18 +134,38 @@ def _rules_differ(wanted: Table, present: dict[str, Chain]) -> bool:
     )
 
 
+def difference(wanted: NftSet, present: NftSet | None) -> ElementChange:
+    """The elements of one set that differ."""
+    want, have = wanted.elements, present.elements if present else ()
+    if isinstance(want, Addresses) and (isinstance(have, Addresses) or not have):
+        there = have if isinstance(have, Addresses) else Addresses(want.family)
+        if want == there:
+            return ElementChange(wanted.name, wanted.key, (), ())
+        return ElementChange(wanted.name, wanted.key, there.without(want), want.without(there))
+    old, new = dict(have), dict(want)
+    return ElementChange(
+        wanted.name,
+        wanted.key,
+        tuple((key, value) for key, value in old.items() if new.get(key) != value),
+        tuple((key, value) for key, value in new.items() if old.get(key) != value),
+    )
+
+
 def element_changes(name: str, wanted: NftSet, present: NftSet | None) -> Iterator[str]:
     """Commands for the elements of one set that differ. An element with a new value is deleted first."""
-    want, have = dict(wanted.elements), dict(present.elements if present else ())
-    gone = [key for key, value in have.items() if want.get(key) != value]
-    new = [(key, value) for key, value in want.items() if have.get(key) != value]
-    if len(gone) > FEW:
+    change = difference(wanted, present)
+    if len(change.gone) > FEW:
         yield f"flush {wanted.keyword} inet {name} {wanted.name}"
-        gone, new = [], list(want.items())
-    if gone:
-        yield f"delete element inet {name} {wanted.name} {{ {', '.join(gone)} }}"
-    if new:
-        yield f"add element inet {name} {wanted.name} {{ {', '.join(map(_element, new))} }}"
+        change = ElementChange(wanted.name, wanted.key, (), wanted.elements)
+    yield from change_commands(name, change)
+
+
+def change_commands(name: str, change: ElementChange) -> Iterator[str]:
+    """A change of elements as nft's commands."""
+    if change.gone:
+        yield f"delete element inet {name} {change.set} {{ {', '.join(key for key, _ in change.gone)} }}"
+    if change.new:
+        yield f"add element inet {name} {change.set} {{ {', '.join(map(_element, change.new))} }}"
 
 
 def _names(items: Iterable[Chain | NftSet]) -> set[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
 
+from agent.layers import Layer, layers
 from agent.model import (
     GOTO,
     MAIN,
@@ -85,19 +87,28 @@ class Standing:
 class Desired:
     """Everything that is to be in the kernel, and nothing of how to get there.
 
-    `classes` are disjoint: nft's interval maps refuse overlaps. `src_valid_mark` are links. `faults` are what the
-    policy gets wrong about this host, each a sentence; the way that one is about is closed, and the rest is as it
-    should be. Without `host_known` this is a review's view: what only the host knows is not in it.
+    `src_valid_mark` are links. `nat`: there may be translated connections. `faults` are what the policy gets wrong
+    about this host, each a sentence; the way that one is about is closed, and the rest is as it should be. Without
+    `host_known` this is a review's view: what only the host knows is not in it.
     """
 
     policy: Policy
     standings: tuple[Standing, ...]
-    classes: tuple[Span, ...]
     routes: frozenset[Route]
     rules: frozenset[Rule]
     src_valid_mark: frozenset[str]
     host_known: bool
+    nat: bool = True
     faults: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[Span, ...]:
+        """Who owns which addresses: disjoint, by the longest prefix."""
+        return _classes(_Speakers(self.standings))
+
+    def layers(self, family: Family) -> tuple[Layer, ...]:
+        """The questions that find the identity of an address."""
+        return _layers(_Speakers(self.standings))[family]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -122,13 +133,13 @@ def desire(policy: Policy, facts: Facts | None, down: Mapping[str, str] = NOBODY
     return Desired(
         policy=policy,
         standings=standings,
-        classes=_classes(speakers),
         routes=frozenset({route.key: route for route in reversed(routes)}.values()),
         rules=frozenset(
             (*(rule for standing in standings for rule in _rules(standing)), *_guards(speakers, policy.kernel))
         ),
         src_valid_mark=_src_valid_mark(policy, facts),
         host_known=facts is not None,
+        nat=_nat(policy, facts),
         faults=tuple(faults),
     )
 
@@ -155,6 +166,15 @@ class _Speakers:
 
     def __hash__(self) -> int:
         return hash(tuple(standing.addresses for standing in self.standings))
+
+
+@lru_cache(maxsize=2)
+def _layers(speakers: _Speakers) -> dict[Family, tuple[Layer, ...]]:
+    sources = sources_of(speakers.standings)
+    auto = [standing for standing in speakers.standings if standing.identity.addresses is None]
+    return {
+        family: layers(family, sources, [s.identity.name for s in auto if family in s.families]) for family in Family
+    }
 
 
 @lru_cache(maxsize=2)
@@ -235,12 +255,6 @@ def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, 
     """
     addresses = {identity.name: identity.addresses or () for identity in policy.identities}
     owners = {Prefix.host(address): name for name, own in addresses.items() for address in own}
-    owners |= {
-        prefix: identity.name
-        for identity in policy.identities
-        for prefix in identity.members
-        if prefix.length == prefix.family.bits
-    }
     for identity in policy.identities:
         link = facts.link(identity.link) if facts and identity.addresses is None else None
         found = {
@@ -248,13 +262,22 @@ def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, 
             for item in (link.addresses if link else ())
             if item.scope_global
             and not item.address.is_link_local
-            and owners.get(Prefix.host(item.address), identity.name) == identity.name
+            and (owners.get(host := Prefix.host(item.address)) or _member_of(policy, host)) in {None, identity.name}
         }
         if found:
             addresses[identity.name] = sorted_addresses(found)
             owners |= dict.fromkeys(map(Prefix.host, found), identity.name)
     there = {item.address: item for link in (facts.links if facts else ()) for item in link.addresses}
     return {name: tuple(sorted(own, key=lambda each: _rank(there.get(each)))) for name, own in addresses.items()}
+
+
+def _member_of(policy: Policy, prefix: Prefix) -> str | None:
+    """The identity that has this very prefix among its members, which are in order."""
+    for identity in policy.identities:
+        place = bisect_left(identity.members, prefix)
+        if identity.members[place : place + 1] == (prefix,):
+            return identity.name
+    return None
 
 
 def _rank(there: LinkAddress | None) -> int:
@@ -439,7 +462,7 @@ def _rules(standing: Standing) -> Iterator[Rule]:
     """
     identity = standing.identity
     for family in standing.families:
-        yield Rule(family, identity.priority, identity.table, fwmark=identity.fwmark)
+        yield Rule(family, identity.priority, identity.table, fwmark=identity.way or identity.fwmark)
         for address in standing.own(family):
             yield Rule(family, identity.priority, identity.table, source=Prefix.host(address))
 
@@ -471,6 +494,15 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
             guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in guarded]
             guards.append(Rule(family, first + 2, action=NOP))
     return tuple(guards)
+
+
+def _nat(policy: Policy, facts: Facts | None) -> bool:
+    """Whether there may be translated connections. To ask for them costs every packet of a host that has none a
+    tracked connection: netfilter tracks them as soon as one rule speaks of them.
+    """
+    if policy.kernel.nat is not None:
+        return policy.kernel.nat
+    return facts is None or facts.nat or any(identity.masquerade for identity in policy.identities)
 
 
 def _src_valid_mark(policy: Policy, facts: Facts | None) -> frozenset[str]:

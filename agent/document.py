@@ -8,7 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import ErrorDetails, core_schema
 
@@ -39,6 +49,15 @@ _SPECIAL = {
 DURATION = r"([0-9]{1,7})(ms|s|m|h)"
 
 _SPECIAL_OF = {family: [special for special in _SPECIAL.items() if special[0].family is family] for family in Family}
+#: The first bytes that addresses of these have; nearly all of a million prefixes have another.
+_SPECIAL_BYTES = {
+    family: {
+        byte
+        for special, _ in specials
+        for byte in range(special.address >> family.bits - 8, (special.last >> family.bits - 8) + 1)
+    }
+    for family, specials in _SPECIAL_OF.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +69,8 @@ class ListFile:
 
 def _special(prefix: Prefix) -> str | None:
     """What a network is that lies wholly in a special one. 0.0.0.0/0 does not: it stands for all the others too."""
+    if prefix.address >> prefix.family.bits - 8 not in _SPECIAL_BYTES[prefix.family]:
+        return None
     for special, kind in _SPECIAL_OF[prefix.family]:
         if special.length <= prefix.length and special.address <= prefix.address <= special.last:
             return kind
@@ -168,6 +189,18 @@ def _hook_priority(priority: int) -> int:
     if not -200 < priority < -100:
         raise ValueError("does not lie in -199..-101: after conntrack (-200), before dstnat (-100)")
     return priority
+
+
+def _way_bits(bits: int) -> int:
+    if not 0 <= bits <= 16:
+        raise ValueError("does not lie in 0..16")
+    return bits
+
+
+def _nat(value: object) -> object:
+    if value is not None and value != "auto" and not isinstance(value, bool):
+        raise ValueError('must be "auto", true or false')
+    return value
 
 
 def _text_as(read: Callable[[str], object]) -> PlainValidator:
@@ -302,6 +335,17 @@ class KernelTable(_Table):
     enforce: bool | None = Field(
         default=_KERNEL.enforce,
         description="Drop a packet that is about to leave by a link which is not its identity's; false: only count it.",
+    )
+    way_bits: Annotated[_Integer, AfterValidator(_way_bits)] | None = Field(
+        default=_KERNEL.way_bits,
+        description="So many upper bits of mark_mask number the ways out (link, next_hop, when_down) that identities "
+        "without own addresses and probes share: one rule a way instead of one an identity. 0: none are shared.",
+        json_schema_extra={"minimum": 0, "maximum": 16},
+    )
+    nat: Annotated[object, PlainValidator(_nat), WithJsonSchema({"enum": ["auto", True, False]})] = Field(
+        default="auto",
+        description='Whether anything on this host translates addresses: "auto" is what the host shows. Where nothing '
+        "does, no rule asks for the connection of a packet, and the kernel need not track any.",
     )
 
 

@@ -65,7 +65,7 @@ def examine(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> 
     A policy without identities does: then it is a host that is to get one. Raises KernelError, ExaminationError,
     SettingsError.
     """
-    facts = host_facts.take(policy, kernel.rtnl, kernel.sysctls)
+    facts = host_facts.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)
     desired = desire(policy, facts, down)
     rules = kernel.rtnl.rules()
     nft = read()

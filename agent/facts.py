@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError
+from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import CONNECTED, Rtnl
 from agent.kernel.sysctl import Sysctls, index_of
 from agent.model import Facts, Family, Link, Policy, Prefix, Route
@@ -22,7 +23,7 @@ class FactsError(IdmarkError):
     """A facts file that can't be used; the text names the file and why."""
 
 
-def take(policy: Policy, rtnl: Rtnl, sysctls: Sysctls) -> Facts:
+def take(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> Facts:
     """Ask the kernel for what this policy needs, and no more: a full BGP table in main stays where it is.
 
     Raises KernelError.
@@ -40,7 +41,17 @@ def take(policy: Policy, rtnl: Rtnl, sysctls: Sysctls) -> Facts:
         else:
             for link in there & set(policy.downstream):
                 routes.update(rtnl.main_routes(family, link=link))
-    return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))))
+    nat = policy.kernel.nat is None and (nfnl.translates(policy.kernel.nft_table) or legacy_nat())
+    return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))), nat)
+
+
+def legacy_nat() -> bool:
+    """Whether iptables-legacy, which nf_tables doesn't show, translates (net/netfilter/x_tables.c)."""
+    names = (Path("/proc/net") / name for name in ("ip_tables_names", "ip6_tables_names"))
+    try:
+        return any("nat" in path.read_text(encoding="ascii").split() for path in names if path.exists())
+    except OSError:  # it is root's
+        return True
 
 
 def _links(own: Collection[str], rtnl: Rtnl, sysctls: Sysctls) -> tuple[Link, ...]:

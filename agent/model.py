@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import shlex
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 Address = IPv4Address | IPv6Address
 
@@ -26,15 +26,13 @@ class Family(enum.StrEnum):
     IPV4 = "ipv4"
     IPV6 = "ipv6"
 
-    @property
-    def number(self) -> int:
-        """AF_INET or AF_INET6."""
-        return socket.AF_INET if self is Family.IPV4 else socket.AF_INET6
+    #: AF_INET or AF_INET6; and the bits of an address, 32 or 128. Attributes, for they are asked for a million times.
+    number: int
+    bits: int
 
-    @property
-    def bits(self) -> int:
-        """Bits of an address: 32 or 128."""
-        return 32 if self is Family.IPV4 else 128
+    def __init__(self, name: str) -> None:
+        self.number = socket.AF_INET if name == "ipv4" else socket.AF_INET6
+        self.bits = 32 if name == "ipv4" else 128
 
     @property
     def nft(self) -> str:
@@ -144,7 +142,11 @@ MAIN = "main"
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The `[kernel]` section: where in the kernel's name spaces we live."""
+    """The `[kernel]` section: where in the kernel's name spaces we live.
+
+    `way_bits` are the upper bits of the mask that tell ways out apart; 0: identities do. `nat` is whether anything on
+    the host translates addresses; None for "auto".
+    """
 
     mark_mask: int = 0x3F000000
     table_base: int = 4000
@@ -152,6 +154,8 @@ class Kernel:
     nft_table: str = "idmark"
     hook_priority: int = -145
     enforce: bool = True
+    nat: bool | None = None
+    way_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,11 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One identity of the policy. `addresses` is None for "auto"; `members` are sorted and each is there once."""
+    """One identity of the policy. `addresses` is None for "auto"; `members` are sorted and each is there once.
+
+    Identities that share a way out share `table` and `priority`, those of the first of them, and `way`: the part of
+    their fwmarks that their one rule looks at. None: the rule looks at all of it.
+    """
 
     name: str
     id: int
@@ -188,6 +196,7 @@ class Identity:
     clamp_mss: bool = False
     probe: Probe | None = None
     flush_flows: bool = False
+    way: Fwmark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,11 +383,75 @@ class Chain:
     about: tuple[str, ...] = field(default=(), compare=False)
 
 
+class Addresses(Sequence[tuple[str, str]]):
+    """The elements of a set of addresses of one family, in order, each once; text only where somebody reads them.
+
+    `packed` holds them one after the other, in network byte order. There may be a million.
+    """
+
+    __slots__ = ("family", "packed")
+
+    def __init__(self, family: Family, packed: bytes = b"") -> None:
+        self.family, self.packed = family, packed
+
+    @classmethod
+    def of(cls, family: Family, addresses: Iterable[int]) -> Addresses:
+        """From addresses as integers, in any order."""
+        size = family.bits // 8
+        return cls(family, b"".join(value.to_bytes(size, "big") for value in sorted(set(addresses))))
+
+    @classmethod
+    def sorted(cls, family: Family, packed: bytes) -> Addresses:
+        """From packed addresses in any order."""
+        return cls(family, b"".join(sorted(set(cls(family, packed)._keys()))))
+
+    def without(self, others: Addresses) -> Addresses:
+        """Those that are not among others."""
+        theirs = set(others._keys())
+        return Addresses(self.family, b"".join(key for key in self._keys() if key not in theirs))
+
+    def _keys(self) -> Iterator[bytes]:
+        size = self.family.bits // 8
+        return (self.packed[place : place + size] for place in range(0, len(self.packed), size))
+
+    def __len__(self) -> int:
+        return len(self.packed) // (self.family.bits // 8)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        number = self.family.number
+        return ((socket.inet_ntop(number, key), "") for key in self._keys())
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Addresses: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | Addresses:
+        """One of them, or those side by side (no slice with a step)."""
+        size = self.family.bits // 8
+        first, last, _ = (index if isinstance(index, slice) else slice(index, index + 1 or None)).indices(len(self))
+        part = Addresses(self.family, self.packed[first * size : last * size])
+        if isinstance(index, slice):
+            return part
+        if not part:
+            raise IndexError(index)
+        return next(iter(part))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Addresses) and (self.family, self.packed) == (other.family, other.packed)
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.packed))
+
+    def __repr__(self) -> str:
+        return f"Addresses({self.family}, {len(self)} of them)"
+
+
 @dataclass(frozen=True, slots=True)
 class NftSet:
     """A named set, or a map when `value` is given: key and value types, elements as nft writes them.
 
-    An element is (key, value): ("10.9.0.0/24", "goto id-inside"), in a set the value is "". `about` as for chains;
+    `size` is how many it may hold, 0 where nothing is said of it: a hash that knows needs not grow, and is faster. An
+    element is (key, value): ("10.9.0.0/24", "goto id-inside"), in a set the value is "". `about` as for chains;
     `pending` are elements that only the host knows, in words.
     """
 
@@ -386,9 +459,10 @@ class NftSet:
     key: str
     value: str = ""
     interval: bool = False
-    elements: tuple[tuple[str, str], ...] = ()
+    elements: Sequence[tuple[str, str]] = ()
     about: tuple[str, ...] = field(default=(), compare=False)
     pending: tuple[str, ...] = field(default=(), compare=False)
+    size: int = 0
 
     @property
     def keyword(self) -> str:
@@ -396,9 +470,19 @@ class NftSet:
         return "map" if self.value else "set"
 
     @property
-    def type(self) -> tuple[str, str, bool]:
+    def type(self) -> tuple[str, str, bool, int]:
         """What can't be changed in place."""
-        return (self.key, self.value, self.interval)
+        return (self.key, self.value, self.interval, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ElementChange:
+    """What leaves a set and what comes into it, elements as in `NftSet`; a key in both gets another value."""
+
+    set: str
+    key: str
+    gone: Sequence[tuple[str, str]]
+    new: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,10 +540,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a policy needs to know of its host: the links, and those routes of main which it copies or points along."""
+    """What a policy needs to know of its host: the links, those routes of main which it copies or points along, and
+    whether somebody else's rules translate addresses.
+    """
 
     links: tuple[Link, ...] = ()
     routes: tuple[Route, ...] = ()
+    nat: bool = True
 
     def link(self, name: str) -> Link | None:
         """The link of that name, or None while there is none."""

@@ -6,12 +6,27 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 from agent import commands, ruleset
 from agent.desired import Desired, priority_behind
-from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Family, Fwmark, Prefix, Route, Rule, Table
+from agent.model import (
+    GOTO,
+    LOOKUP,
+    METRIC_LAST,
+    NOP,
+    UNREACHABLE,
+    ElementChange,
+    Family,
+    Fwmark,
+    Prefix,
+    Route,
+    Rule,
+    Table,
+)
+from agent.stages import stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +132,31 @@ class SetSrcValidMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Elements of a table's sets, none of them intervals, that go and come."""
+
+    table: str
+    changes: tuple[ElementChange, ...]
+
+    def lines(self) -> Iterator[str]:
+        for change in self.changes:
+            for command in commands.change_commands(self.table, change):
+                yield f"{'-' if command.startswith('delete ') else '+'} nft {command}"
+
+    def inverse(self) -> Step:
+        return Change(self.table, tuple(replace(each, gone=each.new, new=each.gone) for each in self.changes))
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that."""
+    """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that.
+
+    `behind` are commands of an earlier step, without which nothing can be said of these.
+    """
 
     table: str
     commands: tuple[str, ...]
+    behind: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -135,7 +170,7 @@ class Load:
 
 
 RuleStep = TypeVar("RuleStep", AddRule, DeleteRule)
-Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Load
+Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Change | Load
 
 #: How many addresses that were an identity's are refused at most.
 FORMER = 64
@@ -147,6 +182,7 @@ KINDS = {
     AddRule: "rule",
     DeleteRule: "rule",
     SetSrcValidMark: "sysctl",
+    Change: "nft",
     Load: "nft",
 }
 
@@ -160,21 +196,21 @@ def closes(step: Step) -> bool:
     """Whether what comes behind a step would be open without it: a rule, a table's last route, nft's own order."""
     if isinstance(step, AddRoute | ReplaceRoute):
         return (step.route if isinstance(step, AddRoute) else step.new).metric == METRIC_LAST
-    return isinstance(step, AddRule | Load)
+    return isinstance(step, AddRule | Change | Load)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Steps in the order to take them: make before break. An empty plan says that everything is in force."""
 
     steps: tuple[Step, ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         """A line a change, `+` or `-`; the reviewer's text, and what the digest is taken of."""
         return "".join(f"{line}\n" for step in self.steps for line in step.lines())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the text, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -199,10 +235,9 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
     handover = _handover(desired, observed, wanted)
-    changes = commands.transaction(wanted, observed.table, rules_anew=handover)
     closing = ruleset.closing(wanted.name, _closed_meanwhile(desired, observed)) if handover else ()
     new_marks = (
-        *([Load(wanted.name, changes)] if changes else []),
+        *_table_steps(wanted, observed.table, rules_anew=handover),
         *map(_delete_table, observed.other_tables),
     )
     taking_away = (*delete_rules, *delete_routes)
@@ -219,6 +254,14 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
+
+
+def _table_steps(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Step]:
+    for stage in stages(wanted, present, rules_anew=rules_anew):
+        if stage.changes:
+            yield Change(wanted.name, stage.changes)
+        else:
+            yield Load(wanted.name, stage.commands, stage.behind)
 
 
 def _former(desired: Desired, observed: Observed) -> frozenset[Rule]:
@@ -311,7 +354,7 @@ def _closed_meanwhile(desired: Desired, observed: Observed) -> Iterator[Fwmark]:
     if observed.table is None:
         return
     going = [rule for rule in observed.rules if rule not in desired.rules]
-    masks = {rule.fwmark.mask for rule in observed.rules if rule.fwmark}
+    masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
     old, new = (observed.rules, observed.routes), (desired.rules, desired.routes)
     strays = set(_strays(observed.table, ruleset.table(desired), old, new))
     for mark in ruleset.roads(observed.table):

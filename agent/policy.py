@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -84,14 +84,46 @@ def _policy(draft: Draft) -> Policy:
     """The policy, of a draft that every check has passed."""
     # Nothing in it is None any longer, which its types cannot say: hence Any.
     document: Any = draft.document
-    kernel = Kernel(**dict(document.kernel))
+    kernel = Kernel(**{**dict(document.kernel), "nat": None if document.kernel.nat == "auto" else document.kernel.nat})
     identities = [_identity(kernel, draft, name, table) for name, table in draft.identities]
     return Policy(
         gateway=document.gateway,
         downstream=None if document.downstream == "auto" else tuple(sorted(document.downstream)),
-        identities=tuple(sorted(identities, key=lambda identity: identity.id)),
+        identities=tuple(_on_ways(kernel, sorted(identities, key=lambda identity: identity.id))),
         kernel=kernel,
     )
+
+
+def _on_ways(kernel: Kernel, identities: Sequence[Identity]) -> Iterator[Identity]:
+    """Identities that share a way out, with the first one's table and the way's number in their fwmarks.
+
+    Who has addresses of its own, or a probe, has a way of its own too: a source for it, a say on whether it is open.
+    """
+    ways: dict[object, list[Identity]] = {}
+    for identity in identities:
+        if kernel.way_bits and identity.addresses == () and not identity.probe:
+            ways.setdefault(way_of(identity), []).append(identity)
+    numbers = {way: number for number, way in enumerate((w for w, on in ways.items() if len(on) > 1), start=1)}
+    unit, mask = kernel.mark_mask & -kernel.mark_mask, way_mask(kernel)
+    for identity in identities:
+        number = numbers.get(way_of(identity), 0) if identity.addresses == () and not identity.probe else 0
+        if number:
+            first = ways[way_of(identity)][0]
+            way = Fwmark(number * (mask & -mask), mask)
+            fwmark = Fwmark(way.value | identity.id * unit, kernel.mark_mask)
+            yield replace(identity, fwmark=fwmark, table=first.table, priority=first.priority, way=way)
+        else:
+            yield identity
+
+
+def way_of(identity: Identity) -> tuple[object, ...]:
+    """What makes a way out."""
+    return (identity.link, identity.next_hop, identity.when_down)
+
+
+def way_mask(kernel: Kernel) -> int:
+    """The bits of the mask that number ways."""
+    return kernel.mark_mask & ~(kernel.mark_mask >> kernel.way_bits)
 
 
 def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
@@ -125,7 +157,12 @@ def _digest(policy: Policy) -> str:
 
 def _canonical(policy: Policy) -> Iterator[str]:
     """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
-    frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": asdict(policy.kernel)}
+    # Keys that came later stand here only if they say something: what was approved before has its old digest.
+    kernel = asdict(policy.kernel)
+    for key in ("nat", "way_bits"):
+        if kernel[key] == getattr(Kernel(), key):
+            del kernel[key]
+    frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": kernel}
     yield json.dumps(frame, sort_keys=True)
     for identity in policy.identities:
         fields = {
@@ -138,7 +175,6 @@ def _canonical(policy: Policy) -> Iterator[str]:
             "masquerade": identity.masquerade,
             "clamp_mss": identity.clamp_mss,
         }
-        # Keys that came later stand here only if they say something: what was approved before has its old digest.
         if identity.probe:
             fields["probe"] = asdict(identity.probe) | {"target": str(identity.probe.target)}
         if identity.flush_flows:

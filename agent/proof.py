@@ -93,7 +93,7 @@ def explain(
     mark = identity.fwmark.value
     found = _Way(wanted, loaded.artefact, packet) if loaded else way
     steps.append(("mark", _written(found, mark, mask, loaded.strange if loaded else ())))
-    answer = loaded.ask(packet, mark) if loaded else None
+    answer = loaded.ask(packet, way.asked & mask) if loaded else None
     if way.fate.what == LOCAL:
         steps.append(("rule", "priority 0 from all lookup local: it is for this host"))
         agreed = answer.table == TABLE_LOCAL if answer else None
@@ -121,35 +121,47 @@ class _Way:
 
     def __init__(self, wanted: Wanted, artefact: Artefact, packet: Packet) -> None:
         self._packet, self._hooks = packet, Hooks(artefact)
-        self._given = {
+        self._given: dict[str, object] = {
             "source": int(packet.source),
             "destination": int(packet.destination),
             "original": None,
             "iif": packet.arriving or LO,
             "mark": 0,
         }
-        walker = Walker(wanted.family, Given.of(**self._given))
-        self._hooks.call("prerouting" if packet.arriving else "output", walker)
-        self.trail: tuple[Step, ...] = tuple(walker.trail)
-        self.mark = walker.mark.of(0)
         tables = Tables(wanted.family, artefact, wanted.local, wanted.fleeting)
-        self.fate: Fate = tables.lookup(walker.given, self.mark)
+        if not packet.arriving:
+            self._given["oif"] = _link(tables.lookup(Given.of(**self._given), 0))
+        arrived = Walker(wanted.family, Given.of(**self._given))
+        self._hooks.call("prerouting" if packet.arriving else "output", arrived)
+        #: The mark that it has when its route is looked for at last.
+        self.asked = mark = arrived.mark.of(0)
+        self.fate: Fate = tables.lookup(arrived.given, mark)
+        left = {**self._given, "mark": mark, "oif": _link(self.fate)}
+        self._left = Walker(wanted.family, Given.of(**left))
+        self._passed = self.fate.what != OUT or self._hooks.call("postrouting", self._left)
+        # One that is on its own road already gets its mark as it leaves.
+        self.trail: tuple[Step, ...] = (*arrived.trail, *self._left.trail)
+        self.mark = self._left.mark.of(mark)
         # What this host sends is looked up before it has a mark, and again after it got one.
-        marks = (self.mark,) if packet.arriving else (0, self.mark)
-        lookups = (_up_to_fate(tables.attempts(walker.given, mark)) for mark in marks)
+        lookups = (_up_to_fate(tables.attempts(arrived.given, each)) for each in self._marks(mark))
         self.attempts: tuple[Attempt, ...] = tuple(dict.fromkeys(attempt for each in lookups for attempt in each))
+
+    def _marks(self, mark: int) -> tuple[int, ...]:
+        return (mark,) if self._packet.arriving else (0, mark)
 
     def out(self, route: Route | None) -> Iterator[str]:
         """What happens to it as it leaves by the first of a route's hops."""
         if self.fate.what != OUT or route is None:
             return
-        family = Family.of(self._packet.source)
-        given = Given.of(**{**self._given, "mark": self.mark, "oif": route.hops[0].link})
-        walker = Walker(family, given)
-        passed = self._hooks.call("postrouting", walker)
-        translated = [f"as {address_text(family, walker.source)}"] if isinstance(walker.source, int) else []
-        counted = [f"counted by {name}" for name in walker.counted]
-        yield ", ".join(("passes" if passed else "DROPPED", *translated, *counted))
+        source = self._left.source
+        translated = [f"as {address_text(self._left.family, source)}"] if isinstance(source, int) else []
+        counted = [f"counted by {name}" for name in self._left.counted]
+        yield ", ".join(("passes" if self._passed else "DROPPED", *translated, *counted))
+
+
+def _link(fate: Fate) -> str | None:
+    """The link that a packet leaves by; None where no route of ours says it."""
+    return fate.route.hops[0].link if fate.what == OUT and fate.route else None
 
 
 def _up_to_fate(attempts: Iterable[Attempt]) -> Iterator[Attempt]:

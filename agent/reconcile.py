@@ -12,6 +12,7 @@ from agent import facts as host
 from agent.desired import NOBODY, Desired, desire
 from agent.kernel import KernelError, runtime
 from agent.kernel.nfnl import Nfnl
+from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
@@ -19,6 +20,7 @@ from agent.model import Facts, Policy, Prefix
 from agent.plan import (
     AddRoute,
     AddRule,
+    Change,
     DeleteRoute,
     DeleteRule,
     Load,
@@ -57,6 +59,7 @@ class Seams:
 
     rtnl: Rtnl
     nfnl: Nfnl
+    nfset: Nfset
     nft: Nft
     sysctls: Sysctls
 
@@ -64,8 +67,8 @@ class Seams:
 @contextmanager
 def opened() -> Iterator[Seams]:
     """The seams to the kernel of this thread's namespace. Raises KernelError."""
-    with Rtnl() as rtnl, Nfnl() as nfnl:
-        yield Seams(rtnl, nfnl, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
+    with Rtnl() as rtnl, Nfnl() as nfnl, Nfset() as nfset:
+        yield Seams(rtnl, nfnl, nfset, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def look(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> Loo
 
     What the policy gets wrong about this host is in `desired.faults`; the identities concerned are closed in it.
     """
-    facts = host.take(policy, kernel.rtnl, kernel.sysctls)
+    facts = host.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)
     desired = desire(policy, facts, down)
     tables = [identity.table for identity in policy.identities]
     observed = observe(kernel, policy.kernel.nft_table, facts, tables)
@@ -131,12 +134,13 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         # libnftables and the kernel look the ruleset over before anything is touched.
         for step in chosen.steps:
             if isinstance(step, Load):
-                kernel.nft.check(step.text)
+                kernel.nft.check("\n".join((*step.behind, step.text)))
+        made: set[str] = set()
         for step in chosen.steps:
             with signals_held():
-                back = _before(step, kernel)
+                back = _before(step, kernel, made)
                 _take(step, kernel)
-                undo.append(back)
+                undo += [back] if back else []
     except BaseException as error:  # also Ctrl-C and the like: never a mixture
         with signals_held():
             left = _take_back(undo, kernel)
@@ -195,13 +199,21 @@ def remove(kernel: Seams) -> Plan:
     return taken
 
 
-def _before(step: Step, kernel: Seams) -> Step:
-    """The step back. Only the kernel knows what an nft transaction is going to change: its table is listed before."""
+def _before(step: Step, kernel: Seams, made: set[str]) -> Step | None:
+    """The step back. Only the kernel knows what an nft transaction is going to change: its table is listed before.
+
+    `made` are the tables that this plan has made itself, which go as a whole.
+    """
+    if isinstance(step, Load | Change) and step.table in made:
+        return None
     if not isinstance(step, Load):
         return step.inverse()
     name = step.table
+    listing = kernel.nft.text(name)
+    if listing is None:
+        made.add(name)
     # `add` and `delete` in front: it goes whether it is there or not.
-    return Load(name, (f"add table inet {name}", f"delete table inet {name}", kernel.nft.text(name) or ""))
+    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing or ""))
 
 
 def _take(step: Step, kernel: Seams) -> None:
@@ -220,7 +232,11 @@ def _take(step: Step, kernel: Seams) -> None:
             kernel.sysctls.set_src_valid_mark(link)
         case SetSrcValidMark(link, False):
             kernel.sysctls.restore_src_valid_mark(link)
+        case Change(table, changes):
+            with kernel.nfnl.changing(table, changes):
+                kernel.nfset.change(table, changes)
         case Load():
+            kernel.nfnl.loaded(step.table, step.text)
             kernel.nft.load(step.text)
 
 

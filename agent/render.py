@@ -33,8 +33,10 @@ def routing_text(desired: Desired) -> str:
     lines += [
         "# Run the lines as they stand, once, before the ruleset is loaded. All of it has protocol 73, which is ours.",
     ]
+    told: set[int] = set()
     for standing in desired.standings:
-        lines += ["", *_identity_lines(desired, standing)]
+        lines += ["", *_identity_lines(desired, standing, first=standing.identity.table not in told)]
+        told.add(standing.identity.table)
     guards = sorted((rule for rule in desired.rules if rule.action != LOOKUP), key=rule_order)
     if guards:
         lines += ["", "# Members whose packets nobody has marked are closed; what this host sends itself goes around."]
@@ -54,12 +56,15 @@ def _header(desired: Desired) -> tuple[str, ...]:
     return (f"idmark, gateway {policy.gateway}", f"policy sha256:{policy.digest}")
 
 
-def _identity_lines(desired: Desired, standing: Standing) -> Iterator[str]:
+def _identity_lines(desired: Desired, standing: Standing, *, first: bool) -> Iterator[str]:
+    """An identity; the way out that it may share is told with the first one."""
     identity = standing.identity
     where = f"link {identity.link}, table {identity.table}, fwmark {identity.fwmark}"
     yield f"# Identity {identity.id}, {identity.name}: {where}"
     yield from (f"# {line}" for line in _unknown(desired, standing))
     yield from (f"# {way.family}: closed, {way.closed}" for way in standing.ways if way.closed)
+    if not first:
+        return
     routes = sorted((r for r in desired.routes if r.table == identity.table), key=addition_order)
     yield from (f"{route.family.ip} route replace {route}" for route in routes)
     rules = sorted((r for r in desired.rules if r.table == identity.table), key=rule_order)

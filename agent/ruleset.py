@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 from agent.commands import chain_lines
-from agent.desired import Desired, detours
+from agent.desired import Desired, Standing, detours
+from agent.layers import MANY, Layer, why
 from agent.model import Chain, Family, Fwmark, Hook, Identity, NftSet, Statement, Table
-from agent.prefixes import Span
 
 #: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
 #: lost, and none starts again from 0, when a setting goes back and forth.
@@ -20,6 +19,8 @@ COUNTS = ("transmit", "receive", "diverted", "misrouted-dropped", "misrouted-pas
 POSTROUTING_PRIORITY = 300
 #: Just before the priority at which masquerading rules usually stand: of two translations the first one wins.
 SRCNAT_PRIORITY = 95
+#: So many links, or identities, are compared one by one: a name costs a packet half of what a lookup in a set does.
+FEW = 4
 #: TCP and IP headers without options (RFC 9293, 3.7.1), in bytes: what an MTU has to carry beside a full segment.
 TCP_HEADERS = {Family.IPV4: 40, Family.IPV6: 60}
 
@@ -66,13 +67,16 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
         if s.identity.addresses is None and not s.addresses
     )
     for family in Family:
+        for layer in desired.layers(family):
+            yield _source_set(layer, unknown)
         yield NftSet(
-            f"sources-{family}",
-            f"{family}_addr",
-            "verdict",
-            interval=True,
-            elements=_elements(_Spans(desired.classes), family),
-            about=(f"{_title(family)} sources: the longest prefix decided, what is here is disjoint.",),
+            f"home-{family}",
+            f"{family}_addr . ifname",
+            size=_room(sum(len(standing.own(family)) for standing in standings)),
+            elements=tuple(
+                (f"{address} . {_quoted(st.identity.link)}", "") for st in standings for address in st.own(family)
+            ),
+            about=(f"{_title(family)}: what this host sends from here by there is on its road already.",),
             pending=unknown,
         )
     yield NftSet(
@@ -100,60 +104,79 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             elements=tuple((_quoted(link), "") for link in policy.downstream),
             about=("The links with the hosts behind this gateway: every identity may leave by them.",),
         )
-    yield from _counter_maps(desired, "transmit", by_link=True)
-    yield from _counter_maps(desired, "receive", by_link=True)
+    for name, about in (
+        ("left", "Who leaves by its own link, and is counted."),
+        ("arrived", "Who arrives on its own link, and is counted."),
+    ):
+        yield NftSet(
+            name,
+            "mark . ifname",
+            "verdict",
+            elements=tuple(
+                (_mark_and_link(s.identity, s.identity.link), f"goto {name}-{s.identity.name}") for s in standings
+            ),
+            about=(about,),
+        )
     yield from _detour_sets(desired)
-    yield from _counter_maps(desired, _misrouted(desired), by_link=False)
-    if any(s.identity.clamp_mss for s in standings):
+    misrouted = _misrouted(desired)
+    for family in Family:
+        yield _counter_map(f"{misrouted}-{family}", family, misrouted, standings)
+    clamped = dict.fromkeys(
+        _mark_and_link(s.identity, road.link)
+        for s in standings
+        for road in detours(policy, s.identity)[0]
+        if road.clamp_mss
+    )
+    if clamped:
         yield NftSet(
             "clamp",
             "mark . ifname",
-            elements=tuple(
-                dict.fromkeys(
-                    (_mark_and_link(s.identity, road.link), "")
-                    for s in standings
-                    for road in (s.identity, *detours(policy, s.identity)[0])
-                    if road.clamp_mss
-                )
-            ),
-            about=("Whose segments are kept small enough for which link.",),
+            elements=tuple((key, "") for key in clamped),
+            about=("Whose segments are kept small enough for another identity's link.",),
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Spans:
-    """Classes as a key to what was made of them: the same only if they are the very same value."""
+def _source_set(layer: Layer, unknown: tuple[str, ...]) -> NftSet:
+    title = _title(layer.family)
+    if layer.length is None:
+        about = f"{title} sources: the longest prefix decided, what is here is disjoint."
+    elif layer.identity:
+        about = f"{title} sources of {layer.identity} with {layer.length} bits."
+    else:
+        about = f"{title} sources with {layer.length} bits."
+    return NftSet(
+        layer.name,
+        f"{layer.family}_addr",
+        "" if layer.identity else "verdict",
+        interval=layer.length is None,
+        # A set may grow to any size, and can't be replaced at once by one with more room; a map is a small one.
+        size=0 if layer.length is None or layer.identity else _room(len(layer.elements)),
+        elements=layer.elements,
+        about=(about,),
+        pending=tuple(words for words in unknown if words.startswith(f"{layer.identity}:") or not layer.identity)
+        if layer.length in {None, layer.family.bits}
+        else (),
+    )
 
-    spans: tuple[Span, ...]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Spans) and self.spans is other.spans
-
-    def __hash__(self) -> int:
-        return id(self.spans)
-
-
-@lru_cache(maxsize=4)
-def _elements(classes: _Spans, family: Family) -> tuple[tuple[str, str], ...]:
-    """A hundred thousand of them take their time: a pass has those at hand that were made for the one before."""
-    return tuple((str(span), f"goto id-{span.identity}") for span in classes.spans if span.family is family)
+def _room(count: int) -> int:
+    """The size of a hash for so many. One that grows out of it is another set under the same name, and packets on their
+    way through the old rules miss its elements: hence the room, which costs 128 KiB.
+    """
+    return max(2 * MANY, 1 << (2 * count).bit_length())
 
 
-def _counter_maps(desired: Desired, count: str, *, by_link: bool) -> Iterator[NftSet]:
-    for family in Family:
-        yield NftSet(
-            f"{count}-{family}",
-            "mark . ifname" if by_link else "mark",
-            "counter",
-            elements=tuple(
-                (
-                    _mark_and_link(s.identity, s.identity.link) if by_link else _mark(s.identity),
-                    _quoted(counter_name(s.identity.name, family, count)),
-                )
-                for s in desired.standings
-                if family in s.families
-            ),
-        )
+def _counter_map(name: str, family: Family, count: str, standings: Iterable[Standing]) -> NftSet:
+    return NftSet(
+        name,
+        "mark",
+        "counter",
+        elements=tuple(
+            (_mark(s.identity), _quoted(counter_name(s.identity.name, family, count)))
+            for s in standings
+            if family in s.families
+        ),
+    )
 
 
 def _detour_sets(desired: Desired) -> Iterator[NftSet]:
@@ -186,16 +209,7 @@ def _detour_sets(desired: Desired) -> Iterator[NftSet]:
         )
     if main:
         for family in Family:
-            yield NftSet(
-                f"diverted-to-main-{family}",
-                "mark",
-                "counter",
-                elements=tuple(
-                    (_mark(s.identity), _quoted(counter_name(s.identity.name, family, "diverted")))
-                    for s in main
-                    if family in s.families
-                ),
-            )
+            yield _counter_map(f"diverted-to-main-{family}", family, "diverted", main)
         yield NftSet(
             "follows-main",
             "mark",
@@ -219,66 +233,114 @@ def _identity_chains(desired: Desired) -> Iterator[Chain]:
                 f"{identity.link}. Writes our bits of the packet mark, and keeps the neighbours'.",
             ),
         )
+    for standing in desired.standings:
+        name = standing.identity.name
+        clamp = Statement(f"{IS_SYN} tcp option maxseg size set rt mtu", "segments fit the path")
+        yield Chain(f"left-{name}", ((clamp,) if standing.identity.clamp_mss else ()) + _counted(standing, "transmit"))
+        yield Chain(f"arrived-{name}", _counted(standing, "receive"))
+
+
+def _counted(standing: Standing, count: str) -> tuple[Statement, ...]:
+    name = standing.identity.name
+    return tuple(
+        Statement(
+            f"meta nfproto {family} counter name {_quoted(counter_name(name, family, count))} accept",
+            f"{_title(family)} {count}",
+        )
+        for family in standing.families
+    )
+
+
+def _asked(desired: Desired, field: str) -> Iterator[Statement]:
+    """Whose an address is: `saddr`, `daddr`, or `original daddr`, of the connection."""
+    connection, _, address = field.rpartition(" ")
+    for family in Family:
+        words = f"ct {connection} {family.nft} {address}" if connection else f"{family.nft} {address}"
+        for layer in desired.layers(family):
+            masked = f"{words} & {layer.mask}" if layer.mask else words
+            verdict = f"@{layer.name} goto id-{layer.identity}" if layer.identity else f"vmap @{layer.name}"
+            length = "" if layer.length is None else f" /{layer.length}"
+            yield Statement(f"{masked} {verdict}", f"{_title(family)}{length}")
 
 
 def _path_chains(desired: Desired, names: set[str]) -> Iterator[Chain]:
     kernel = desired.policy.kernel
     keep = f"{~kernel.mark_mask & 0xFFFFFFFF:#010x}"
     mark = f"meta mark & {kernel.mark_mask:#010x}"
-    by_source = (
-        Statement("ip saddr vmap @sources-ipv4", "IPv4 source"),
-        Statement("ip6 saddr vmap @sources-ipv6", "IPv6 source"),
-    )
-    by_original_destination = (
-        Statement(f"{IS_DNAT_REPLY} ct original ip daddr vmap @sources-ipv4", "IPv4 reply, by what was asked"),
-        Statement(f"{IS_DNAT_REPLY} ct original ip6 daddr vmap @sources-ipv6", "IPv6 reply, by what was asked"),
-    )
+    undecide = f"meta mark set meta mark & {keep}"
+    links = [_quoted(link) for link in sorted({s.identity.link for s in desired.standings})]
+    yield Chain("destination", tuple(_asked(desired, "daddr")), about=("The identity that a destination belongs to.",))
+    reasons = {_title(family): why(desired.layers(family)) for family in Family}
     yield Chain(
-        "destination",
-        (
-            Statement("ip daddr vmap @sources-ipv4", "IPv4 destination"),
-            Statement("ip6 daddr vmap @sources-ipv6", "IPv6 destination"),
+        "source",
+        tuple(_asked(desired, "saddr")),
+        about=(
+            "The identity that a source belongs to: the first that knows it is the longest prefix.",
+            *(f"{title}: {reason}." for title, reason in reasons.items() if reason),
         ),
-        about=("The identity that a destination belongs to.",),
     )
-    yield Chain("source", by_source, about=("The identity that a source belongs to.",))
+    if desired.nat:
+        yield Chain(
+            "answering",
+            (*_asked(desired, "original daddr"), Statement("goto source", "it was nobody's: by the source")),
+            about=(
+                "A reply of a translated connection is whose that was which the connection was made to: its source is "
+                "still that of the host behind.",
+            ),
+        )
     yield Chain(
         "arriving",
         (
             Statement("jump destination", "whose destination is it"),
-            *_counting(mark, "iifname", "receive"),
-            Statement(f"{mark} . iifname @own-link accept", "it is that identity's link: decided"),
-            Statement(f"meta mark set meta mark & {keep}", "it is not: undecided again"),
+            Statement(f"{mark} . iifname vmap @arrived", "it is that identity's link: decided"),
+            Statement(undecide, "it is not: undecided again"),
         ),
         about=(
             "A packet that arrives on its identity's own link is that identity's by its destination: so the route back "
             "is looked for in its table, and strict rp_filter is content, also behind a translation.",
         ),
     )
+    answering = (Statement(f"{IS_DNAT_REPLY} goto answering", "a reply, by what was asked"),) * desired.nat
+    by_source = Statement("goto source", "everything else by its source")
     yield Chain(
         "prerouting",
         (
-            Statement(f"meta mark set meta mark & {keep}", "no trust in a mark that arrives"),
-            Statement("iifname @links jump arriving", "on an identity's link"),
-            *by_original_destination,
-            *by_source,
+            Statement(f"{mark} != 0x00000000 {undecide}", "no trust in a mark that arrives"),
+            *(
+                Statement(f"iifname {link} jump arriving", "on an identity's link")
+                for link in (links if len(links) <= FEW else ["@links"])
+            ),
+            *answering,
+            # Not by `goto source`: most packets of a gateway come by here.
+            *_asked(desired, "saddr"),
         ),
         Hook("filter", "prerouting", kernel.hook_priority),
         about=(
             "Whatever arrives. After conntrack (-200) and mangle (-150), where neighbours restore whole marks from "
             "connections and would wipe our bits; before dstnat (-100), which changes the destination.",
             "A mark can be left over from a tunnel's outer packet, so it is decided afresh: on an identity's link by "
-            "the destination; replies of translated connections by what the connection was made to, for their source "
-            "is still that of the host behind; everything else by the source.",
+            "the destination; replies of translated connections by what the connection was made to; everything else "
+            "by the source.",
         ),
     )
     yield Chain(
         "output",
-        (*by_original_destination, *by_source),
+        (
+            *answering,
+            *(
+                Statement(
+                    f"{mark} == 0x00000000 {family.nft} saddr . oifname @home-{family} accept",
+                    f"{_title(family)}: on its own road already",
+                )
+                for family in Family
+            ),
+            by_source,
+        ),
         Hook("route", "output", kernel.hook_priority),
         about=(
             "Whatever this host sends. Of type route: only there does the kernel look for the route again when the "
-            "mark has changed. A source of no identity keeps the mark that its program asked for (SO_MARK).",
+            "mark has changed, which a packet is spared whose source's rule has led it to its own link already. A "
+            "source of no identity keeps the mark that its program asked for (SO_MARK).",
         ),
     )
     yield from _translation_chains(desired, mark)
@@ -295,18 +357,54 @@ def _path_chains(desired: Desired, names: set[str]) -> Iterator[Chain]:
             about=("Identities that follow table main while their link is down.",),
         )
     yield Chain(
+        "leaving",
+        tuple(_leaving(desired, mark, names)),
+        about=(
+            "What is not plainly on its own road. Judged by the source that the wire will see is a packet without an "
+            "identity's mark, for somebody may have wiped it, and one of a translated connection: the translation may "
+            "be older than the route.",
+        ),
+    )
+    yield Chain(
+        "unmarked",
+        (
+            Statement("jump source", "by the source on the wire"),
+            Statement(f"{mark} == 0x00000000 accept", "nobody's"),
+            *_by_own_link(desired, mark),
+        ),
+        about=("Nobody has marked it: what this host sends by its own road, and what is no identity's.",),
+    )
+    yield Chain(
         "postrouting",
-        tuple(_postrouting(desired, mark, names)),
+        tuple(_postrouting(desired, mark)),
         Hook("filter", "postrouting", POSTROUTING_PRIORITY),
         about=(
             "What really leaves, by the link it leaves by, after all routing and all translation of sources (srcnat, "
-            "100). Judged by the source that the wire will see is a packet without an identity's mark, for somebody "
-            "may have wiped it, and one of a translated connection: the translation may be older than the route.",
+            "100). The plain case comes first: by the link of its own identity.",
         ),
     )
 
 
-def _postrouting(desired: Desired, mark: str, names: set[str]) -> Iterator[Statement]:
+def _postrouting(desired: Desired, mark: str) -> Iterator[Statement]:
+    if desired.nat:
+        yield Statement("ct status snat,dnat goto leaving", "translated: not what it seems")
+    yield from _by_own_link(desired, mark)
+    yield Statement(f"{mark} == 0x00000000 jump unmarked", "no mark: by the source on the wire")
+    yield Statement("goto leaving", "not plainly on its own road")
+
+
+def _by_own_link(desired: Desired, mark: str) -> Iterator[Statement]:
+    if len(desired.standings) > FEW:
+        yield Statement(f"{mark} . oifname vmap @left", "by its own link")
+        return
+    for identity in (standing.identity for standing in desired.standings):
+        yield Statement(
+            f"{mark} == {_mark(identity)} oifname {_quoted(identity.link)} goto left-{identity.name}",
+            "by its own link",
+        )
+
+
+def _leaving(desired: Desired, mark: str, names: set[str]) -> Iterator[Statement]:
     misrouted = _misrouted(desired)
     yield Statement('oifname "lo" accept', "never leaves this host")
     yield Statement(f"{mark} != @marks jump source", "no identity's mark: by the source on the wire")
@@ -314,9 +412,11 @@ def _postrouting(desired: Desired, mark: str, names: set[str]) -> Iterator[State
         yield Statement(
             f"{mark} . oifname @clamp {IS_SYN} tcp option maxseg size set rt mtu", "leaving: segments fit the path"
         )
-        yield from _clamp_arriving(desired, mark)
+    yield from _clamp_arriving(desired, mark)
     if "detour" in names:
-        yield from _counting(mark, "oifname", "diverted")
+        for family in Family:
+            key = f"{mark} . oifname map @diverted-{family}"
+            yield _count(family, key, f"count {_title(family)} diverted")
         yield Statement(f"{mark} . oifname @detour accept", "by a road that when_down names")
     if "follows-main" in names:
         elsewhere = "oifname @links" if desired.policy.downstream is None else "oifname != @downstream"
@@ -324,10 +424,10 @@ def _postrouting(desired: Desired, mark: str, names: set[str]) -> Iterator[State
             f"{mark} @follows-main {elsewhere} {mark} . oifname != @own-link goto diverted-to-main",
             "by a road of main's, as when_down allows",
         )
-    yield Statement("ct status snat,dnat oifname @links jump source", "translated: by the source on the wire")
+    if desired.nat:
+        yield Statement("ct status snat,dnat oifname @links jump source", "translated: by the source on the wire")
     yield Statement(f"{mark} != @marks accept", "no identity's")
-    yield from _counting(mark, "oifname", "transmit")
-    yield Statement(f"{mark} . oifname @own-link accept", "by its own link")
+    yield Statement(f"{mark} . oifname vmap @left", "by its own link")
     if desired.policy.downstream is None:
         yield Statement("oifname != @links accept", "to the hosts behind this gateway: by no identity's link")
     else:
@@ -383,11 +483,6 @@ def _translation_chains(desired: Desired, mark: str) -> Iterator[Chain]:
                 "connection the first wins.",
             ),
         )
-
-
-def _counting(mark: str, link: str, count: str) -> Iterator[Statement]:
-    for family in Family:
-        yield _count(family, f"{mark} . {link} map @{count}-{family}", f"count {_title(family)} {count}")
 
 
 def _count(family: Family, key: str, comment: str) -> Statement:

@@ -201,7 +201,16 @@ def _kernel(old: Policy, new: Policy) -> Iterator[Setting]:
         )
         shown = [str(each.enforce).lower() for each in (was, becomes)]
         yield Setting("kernel.enforce", shown[0], shown[1], effect, was.enforce)
+    if was.nat != becomes.nat:
+        effect = (
+            "replies of translated connections are decided by their source, and nothing of ours tracks connections"
+            if becomes.nat is False
+            else "replies of translated connections are decided by what the connection was made to"
+        )
+        shown = ["auto" if each.nat is None else str(each.nat).lower() for each in (was, becomes)]
+        yield Setting("kernel.nat", shown[0], shown[1], effect, becomes.nat is False)
     renumbered = {
+        "way_bits": "ways out have other numbers in the packet mark, or none: marks and tables are others",
         "mark_mask": "other bits of the packet mark are ours: does a neighbour write them?",
         "table_base": "every routing table has another number",
         "rule_priority": "every rule has another priority: which neighbours' rules come before ours now?",

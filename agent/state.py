@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from agent import IdmarkError, folder
@@ -164,8 +165,12 @@ def _name(number: tuple[int, int] | None) -> str | None:
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def text(policy: Policy) -> str:
-    """A policy as a file: every key that it has, all prefixes of its lists, one a line."""
+    """A policy as a file: every key that it has, all prefixes of its lists, one a line.
+
+    It is asked for by history, trial and boot in turn, and a million prefixes take seconds.
+    """
     return "".join(f"{line}\n" for line in _lines(policy))
 
 
@@ -179,6 +184,8 @@ def _lines(policy: Policy) -> Iterator[str]:
     yield ""
     yield "[kernel]"
     for key, value in asdict(policy.kernel).items():
+        if value is None:  # "auto"
+            continue
         yield f"{key} = {value:#x}" if key == "mark_mask" else f"{key} = {_toml(value)}"
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import islice, product
 
 from agent import walk
-from agent.artefact import ALL_BITS, Artefact
+from agent.artefact import ALL_BITS, Artefact, CountBy, VerdictBy
 from agent.cut import Kind, cut
 from agent.desired import GUARDED, PRIORITY_MAIN, Desired, priority_behind, sources_of
 from agent.given import Choices, Given, follow
 from agent.model import Facts, Family, Identity, Prefix, address_text
 from agent.prefixes import outermost
 from agent.ruleset import counter_name
-from agent.walk import AS_CARRIED, DSTNAT, LOCAL, MANGLE, NOTHING, REFUSED, SRCNAT, Fate, Networks, Packet
+from agent.walk import AS_CARRIED, DSTNAT, LOCAL, MANGLE, NOTHING, REFUSED, SRCNAT, Fate, Networks, Packet, is_reply
 from agent.wanted import Wanted, same
 
 #: So many packets that go wrong are printed for a person.
@@ -132,6 +132,8 @@ class World:
             if self.policy.downstream is not None
             else frozenset(link.name for link in facts.links) - self.links - {walk.LO}
         )
+        #: The marks that a packet may carry.
+        self.carried = tuple(dict.fromkeys((0, ALL_BITS, self.foreign, *self.marks, *_marks(artefact))))
         #: The links that a packet may arrive on or leave by.
         self.roads = (ELSEWHERE, *sorted(self.links | behind))
 
@@ -156,6 +158,13 @@ class World:
             labels.setdefault(host, []).append(("here", address in self.wanted.local, self.wanted.own.get(address)))
         for value in _compared(artefact, self.family):
             labels.setdefault(Prefix(self.family, value, self.family.bits), []).append(("word", value))
+        for name, place, mask in sorted(_looked_up(artefact, self.family)):
+            length = (mask & (1 << self.family.bits) - 1).bit_count()
+            for key, target in artefact.sets[name].exact.items():
+                network = _number(key[place])
+                if network & mask == network:  # else nothing is ever equal to it
+                    held = ("set", name, length, key[:place], key[place + 1 :], target)
+                    labels.setdefault(Prefix(self.family, network, length), []).append(held)
         spans = [
             span for found in artefact.sets.values() if found.keys == (f"{self.family}_addr",) for span in found.spans
         ]
@@ -169,8 +178,8 @@ class World:
     # --- the packets there are ---
 
     def examples(self, *said: str, owned: bool = True) -> list[tuple[int]]:
-        """An address of each kind, as far as the kinds differ in owner and verdict and in what is said of them."""
-        starts = tuple(f"('{word}'" for word in said)
+        """An address of each kind, as far as the kinds differ in owner, sets, verdict and in what is said of them."""
+        starts = tuple(f"('{word}'" for word in (*said, *("set",) * owned))
         chosen: dict[object, int] = {}
         for kind in self.kinds:
             seen = tuple(
@@ -188,6 +197,14 @@ class World:
     def destinations(self) -> list[tuple[int]]:
         """An address of each kind that a destination may be, for rules and tables."""
         return self.examples("route", "road", "here", "probe", owned=False)
+
+    def translated(self) -> list[tuple[int | None]]:
+        """What an address may have been, or become, by somebody's translation; None: there is none."""
+        return [(None,), *(self.examples() if self.desired.nat else ())]
+
+    def connections(self) -> dict[tuple[str, ...], Iterable[tuple[object, ...]]]:
+        """Of connections whose destination was translated: what it was, and whether a packet answers."""
+        return {("original",): self.translated(), ("direction",): [(walk.REPLY,), (walk.ASKED,)]}
 
     def owner(self, address: object) -> Identity | None:
         """Whose an address is, one of the kinds' examples or an identity's own, by the longest prefix of the policy."""
@@ -222,6 +239,8 @@ class World:
 
     def limits(self) -> Iterator[str]:
         """What the policy leaves open by itself."""
+        if self.family is Family.IPV4 and not self.desired.nat:
+            yield "nothing on this host translates addresses: the policy says so, or what was seen of the host"
         if self.members and not self.guarded:
             why = "enforce = false" if not self.policy.kernel.enforce else f"more than {GUARDED} prefixes"
             yield f"{self.family} members follow main while the ruleset is not loaded: {why}"
@@ -236,7 +255,8 @@ class World:
         if known["iif"]:
             words.append("sent by this host" if known["iif"] == walk.LO else f"arriving on {known['iif']}")
         if "original" in texts:
-            words.append(f"a reply of a connection made to {texts['original']}")
+            word = "asked in" if given.example("direction") == walk.ASKED else "a reply of"
+            words.append(f"{word} a connection made to {texts['original']}")
         if known["oif"]:
             words.append(f"leaving by {known['oif']}")
         if "snat" in texts:
@@ -249,12 +269,45 @@ class World:
         return ", ".join(words)
 
 
+def _looked_up(artefact: Artefact, family: Family) -> set[tuple[str, int, int]]:
+    """The sets and maps in which an address of a family is looked up: name, place in the key, mask."""
+    found = set()
+    for line in (line for chain in artefact.chains.values() for line in chain.lines):
+        asked = [(match.among, match.fields) for match in line.matches if match.among]
+        if isinstance(line.action, VerdictBy | CountBy):
+            asked.append((line.action.map, line.action.fields))
+        found |= {
+            (name, place, field.mask)
+            for name, fields in asked
+            for place, field in enumerate(fields)
+            if field.family is family and not artefact.sets[name].interval
+        }
+    return found
+
+
 def _compared(artefact: Artefact, family: Family) -> Iterator[int]:
     """The addresses that a rule of a chain compares with."""
     for chain in artefact.chains.values():
         for match in (match for line in chain.lines for match in line.matches):
-            if match.fields[0].family is family:
+            if match.fields[0].family is family and not match.among:
                 yield from map(_number, match.values)
+
+
+def _marks(artefact: Artefact) -> Iterator[int]:
+    """For each value that a rule compares marks with, or looks up, two that are like it in the bits that are looked at:
+    without any other bit, and with all others.
+    """
+    for line in (line for chain in artefact.chains.values() for line in chain.lines):
+        for match in line.matches:
+            if match.fields[0].name == "mark":
+                mask = match.fields[0].mask & ALL_BITS
+                values = match.values if not match.among else (key[0] for key in artefact.sets[match.among].exact)
+                for value in map(_number, values):
+                    yield from (value, value | ALL_BITS & ~mask)
+        if isinstance(line.action, VerdictBy | CountBy) and line.action.fields[0].name == "mark":
+            mask = line.action.fields[0].mask & ALL_BITS
+            for value in (_number(key[0]) for key in artefact.sets[line.action.map].exact):
+                yield from (value, value | ALL_BITS & ~mask)
 
 
 def _number(value: object) -> int:
@@ -272,10 +325,6 @@ Claim = Callable[[Given], Counterexample | None]
 
 def _checked(run: Claim, choices: Mapping[tuple[str, ...], Iterable[tuple[object, ...]]]) -> Verdicts:
     return (found for _, found in follow(run, Choices(choices)))
-
-
-def _or_none(examples: Iterable[tuple[int]]) -> list[tuple[int | None]]:
-    return [(None,), *examples]
 
 
 # --- the marks of what arrives ---------------------------------------------------------------------------------------
@@ -307,9 +356,9 @@ def _arriving(world: World) -> Verdicts:
             ("iif", "destination"): [
                 (link, *destination) for link, destination in product(_last(world.roads), world.examples())
             ],
-            ("mark",): [(0,), (ALL_BITS,), *((mark | world.foreign,) for mark in world.marks)],
+            ("mark",): [(mark,) for mark in world.carried],
             ("source",): world.examples(),
-            ("original",): _or_none(world.examples()),
+            **world.connections(),
         },
     )
 
@@ -320,7 +369,8 @@ def _last(roads: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _owner_by_source(world: World, given: Given) -> Identity | None:
-    return world.whose(given, "original") or world.whose(given, "source")
+    answered = world.whose(given, "original") if is_reply(given) else None
+    return answered or world.whose(given, "source")
 
 
 def _neighbours(world: World) -> tuple[walk.Neighbour, ...]:
@@ -330,7 +380,7 @@ def _neighbours(world: World) -> tuple[walk.Neighbour, ...]:
         packet.mark = AS_CARRIED
 
     def forward(packet: Packet) -> None:
-        if world.nobodys is not None and packet.given.within("original", NOTHING):
+        if world.desired.nat and world.nobodys is not None and not is_reply(packet.given):
             packet.destination = world.nobodys
 
     return ((MANGLE, restore), (DSTNAT, forward))
@@ -382,11 +432,24 @@ def _sent(world: World) -> Verdicts:
     packet of nobody's keeps the mark that its program asked for.
     """
 
+    own = {name: frozenset(a for a, owner in world.wanted.own.items() if owner == name) for name in world.standings}
+
+    def at_home(given: Given, owner: Identity) -> bool:
+        """Whether a packet without a mark of ours is about to leave from an own address by that identity's link."""
+        return (
+            not is_reply(given)
+            and given.within("source", own[owner.name])
+            and given.within("oif", frozenset({owner.link}))
+            and not given.tell(("mark",), lambda carried: _number(carried) & world.mask)
+        )
+
     def run(given: Given) -> Counterexample | None:
         given.within("iif", frozenset({walk.LO}))
         packet = Packet(world.family, given)
         world.hooks.call("output", packet, _neighbours(world))
         owner = _owner_by_source(world, given)
+        if owner and packet.mark == AS_CARRIED and at_home(given, owner):
+            return None  # its source's rule has led it there, and nothing else has a say (`_leaving`)
         wrong = _marked(world, given, packet, owner.fwmark.value if owner else 0, kept=owner is None)
         if wrong or "route" in world.hooks.kinds("output") or not given.tell(("mark",), _is_written(packet)):
             return wrong
@@ -397,10 +460,11 @@ def _sent(world: World) -> Verdicts:
         run,
         {
             ("iif",): [(walk.LO,)],
-            ("mark",): [(0,), (ALL_BITS,), *((mark,) for mark in world.marks)],
-            ("source",): world.examples(),
+            ("oif",): [(walk.LO,), *((link,) for link in world.roads)],
+            ("mark",): [(mark,) for mark in world.carried],
+            ("source",): world.examples("here"),
             ("destination",): world.examples(),
-            ("original",): _or_none(world.examples()),
+            **world.connections(),
         },
     )
 
@@ -505,14 +569,14 @@ def _bare(world: World) -> Verdicts:
 
 def _leaving(world: World) -> Verdicts:
     """Whatever the routes are: no packet leaves by a link that is neither its identity's nor allowed to it."""
-    marks = [(mark,) for mark in (0, ALL_BITS, world.foreign, *world.marks)]
     return _checked(
         _Doors(world).run,
         {
-            ("mark", "oif"): [(*mark, oif) for oif, mark in product((walk.LO, *world.roads), marks)],
+            ("mark", "oif"): [(mark, oif) for oif, mark in product((walk.LO, *world.roads), world.carried)],
             ("source",): world.examples("word", "here"),
-            ("original",): _or_none(world.examples()),
-            ("snat",): _or_none(world.examples()),
+            ("destination",): world.examples(),
+            **world.connections(),
+            ("snat",): world.translated(),
             ("iif",): [(link,) for link in world.roads],
         },
     )
@@ -528,29 +592,29 @@ class _Doors:
     def run(self, given: Given) -> Counterexample | None:
         world = self._world
         home = given.within("oif", JUST_LO)
-        by_mark, roads = known = given.tell(("mark", "oif"), self._by_mark)
-        packet = Packet(world.family, given, known=known)
+        by_mark = given.tell(("mark", "oif"), self._diverted)
+        source = "source" if home else self._source(given)
+        packet = Packet(world.family, given, known=(home, by_mark, source))
         passed = world.hooks.call("postrouting", packet, ((SRCNAT, _translate),))
         if home:
             return _let_out(world, given, packet, passed, (True, []))
-        source = self._source(given, roads)
         if packet.source != source:
             wanted, found = (f"leaves {_as(world, given, each)}" for each in (source, packet.source))
             return Counterexample(world.words(given), wanted, found, _trail(packet))
         return _let_out(world, given, packet, passed, self._judged(given, source, by_mark))
 
-    def _by_mark(self, mark: object, oif: object) -> tuple[str | None, tuple[str, ...]]:
-        """Whose packet it is if its when_down lets it leave by a link; and the identities to one of whose addresses
-        members are translated as they leave by it.
-        """
+    def _diverted(self, mark: object, oif: object) -> str | None:
+        """Whose packet it is if its when_down lets it leave by a link."""
         identity = self._world.marks.get(_number(mark) & self._world.mask)
-        if identity is None:
-            return None, ()
-        diverted = identity.name if self._diverts(identity, oif) else None
-        if not identity.masquerade or not self._world.standings[identity.name].way(self._world.family):
-            return diverted, ()
-        roads = (road for road in (identity, *self._wanted.detours(identity)[0]) if road.link == oif)
-        return diverted, tuple(road.name for road in roads if self._own(road.name))
+        return identity.name if identity and self._diverts(identity, oif) else None
+
+    def _roads(self, mark: object, oif: object) -> tuple[str, ...]:
+        """The identities to one of whose addresses members are translated as they leave by a link."""
+        identity = self._world.marks.get(_number(mark) & self._world.mask)
+        if not identity or not identity.masquerade or not self._world.standings[identity.name].way(self._world.family):
+            return ()
+        roads = (identity, *self._wanted.detours(identity)[0])
+        return tuple(road.name for road in roads if road.link == oif and self._own(road.name))
 
     def _diverts(self, identity: Identity | None, oif: object) -> bool:
         if identity is None or oif == walk.LO:
@@ -566,11 +630,11 @@ class _Doors:
     def _own(self, name: str) -> tuple[int, ...]:
         return tuple(map(int, self._world.standings[name].own(self._world.family)))
 
-    def _source(self, given: Given, roads: tuple[str, ...]) -> str | int:
+    def _source(self, given: Given) -> str | int:
         """The property that a packet's source is to be when it leaves, or an address that it is to be translated to."""
-        if not given.within("original", NOTHING):
+        if is_reply(given):
             return "original"
-        for road in roads:
+        for road in given.tell(("mark", "oif"), self._roads) if given.within("original", NOTHING) else ():
             members = self._world.marked(given)
             assert members  # noqa: S101
             if not given.within("source", frozenset((*self._own(members.name), *self._own(road)))):
@@ -582,7 +646,8 @@ class _Doors:
         world = self._world
         if by_mark:
             return True, _count(world, by_mark, "diverted")
-        translated = source != "source" and given.within("oif", world.links)
+        translated = source != "source" or not given.within("original", NOTHING)
+        translated = translated and given.within("oif", world.links)
         carried = given.tell(("mark",), lambda mark: _number(mark) & world.mask in world.marks)
         owner = None
         if translated or not carried:
@@ -603,7 +668,7 @@ class _Doors:
 
 def _translate(packet: Packet) -> None:
     """What a neighbour does to sources: takes back its translation, or makes one."""
-    if not packet.given.within("original", NOTHING):
+    if is_reply(packet.given):
         packet.source = "original"
     elif not packet.status and not packet.given.within("snat", NOTHING):
         packet.source = "snat"

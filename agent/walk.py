@@ -35,6 +35,8 @@ LO = "lo"
 Value = TypeVar("Value")
 #: What a property is that a packet doesn't have.
 NOTHING = frozenset({None})
+#: The directions of a connection; they are a property where its destination was translated, to what is `original`.
+REPLY, ASKED = "reply", "original"
 #: What may happen to the host, and when a walk asks for it: a link is down, an address of an identity's is gone.
 DOWN, GONE = "down", "gone"
 
@@ -96,6 +98,11 @@ class Packet:
     def state(self) -> Hashable:
         """All that the rest of the way may depend on, beside what is given."""
         return (self.known, self.mark, self.source, self.destination, self.status, tuple(self.counted))
+
+
+def is_reply(given: Given) -> bool:
+    """Whether packets answer in a connection whose destination was translated."""
+    return not given.within("original", NOTHING) and given.within("direction", frozenset({REPLY}))
 
 
 class Step(NamedTuple):
@@ -163,20 +170,23 @@ class Hooks:
         for place, (_, station) in enumerate(sorted(stations, key=lambda each: each[0])):
             if packet.through((hook, place), station) == "drop":
                 return False
+            packet.given.join((hook, place, packet.state))
         return True
 
     def _base(self, chain: Chain, packet: Packet) -> str | None:
         hook = chain.hook
         assert hook is not None  # noqa: S101
-        if hook.kind == "nat" and packet.status:
+        if hook.kind == "nat" and (packet.status or not packet.given.within("original", NOTHING)):
             return None  # a connection is translated once, by its first packet
         return self._run(chain.name, packet, _Called(hook.hook, (), hook.priority > CONNTRACK)) or hook.policy
 
-    def _run(self, chain: str, packet: Packet, called: _Called) -> str | None:
+    def _run(self, chain: str, packet: Packet, called: _Called) -> str | None:  # noqa: PLR0912 - a branch an action
         """The verdict of a chain and of those that it leads to; None: it came to its end."""
         for place, line in self._lines[chain]:
             if not packet.given.all_of(self._question(match, packet, called.known) for match in line.matches):
                 continue
+            if line.counter:
+                packet.counted.append(line.counter)
             match line.action:
                 case Verdict("accept" | "drop" as word):
                     packet.trail.append(Step(called.hook, chain, line))
@@ -189,8 +199,8 @@ class Hooks:
                     packet.given.join((inside, packet.state))
                 case Verdict("goto", target):
                     return self._run(target, packet, called)
-                case VerdictBy(by, name):
-                    found = self._find(name, (by,), packet, called.known)
+                case VerdictBy(fields, name):
+                    found = self._find(name, fields, packet, called.known)
                     if found is not None:
                         packet.trail.append(Step(called.hook, chain, line))
                         return self._run(found.removeprefix("goto "), packet, called)
@@ -273,18 +283,25 @@ def _term(wanted: Field, packet: Packet, known: bool) -> _Term:
             return _constant(False)  # only a segment's size depends on it
         case "status" | "direction" | "original" if not known:
             return _constant(None)
-        case "status" | "direction":
-            reply = not packet.given.within("original", NOTHING)
-            if wanted.name == "status":
-                return _constant(packet.status | {"dnat"} if reply else packet.status)
-            return _constant("reply" if reply else "original")
+        case "status":
+            translated = not packet.given.within("original", NOTHING)
+            return _constant(packet.status | {"dnat"} if translated else packet.status)
+        case "direction":
+            return _constant(REPLY if is_reply(packet.given) else ASKED)
     if wanted.family is not packet.family:
         return _constant(None)
     place = {"saddr": packet.source, "daddr": packet.destination}.get(wanted.name, wanted.name)
-    return _constant(place) if isinstance(place, int) else _Term(place, _itself)
+    if isinstance(place, int):
+        return _constant(place & wanted.mask)
+    return _Term(place, _itself if wanted.mask == -1 else _masked(wanted.mask))
+
+
+def _masked(mask: int) -> Callable[[object], object]:
+    return lambda address: address & mask if isinstance(address, int) else address
 
 
 def _mark(mark: Mark, mask: int) -> _Term:
+    mask &= ALL_BITS
     if not mark.keep & mask:
         return _constant(mark.bits & mask)
 

@@ -1,100 +1,131 @@
-"""Elements of an nf_tables set as blocks of bytes: their keys, their values, and netlink's attributes around them.
+"""Elements of an nf_tables set as netlink's attributes (linux/netfilter/nf_tables.h), and back.
 
-The elements of one set all have the same shape, so their attributes are one template over and over, into which keys and
-values are laid in columns of 32-bit words: no Python object per element. The attributes are those of
-linux/netfilter/nf_tables.h, written as the kernel writes them: without NLA_F_NESTED, which it doesn't ask for either.
+Addresses go in columns: the elements of their sets all have the same shape, so the attributes are one template over and
+over, into which the keys are laid by 32-bit words, with no Python object each. They are written as the kernel writes
+them, without NLA_F_NESTED, which it doesn't ask for either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import socket
+import struct
+import sys
+from collections.abc import Iterator, Sequence
 
 from agent.kernel.attributes import attribute
+from agent.model import Addresses, Family
 
-#: In each element; a key and a value are a struct nft_data, of which ours have a plain value.
-LIST_ELEMENT, ELEMENT_KEY, ELEMENT_DATA, DATA_VALUE = 1, 1, 2, 1
-#: Bytes of a value: one register.
-VALUE_BYTES = 4
+#: In each element. A key is a struct nft_data with a plain value; what a map has for it is a verdict or an object.
+LIST_ELEMENT, ELEMENT_KEY, ELEMENT_DATA, ELEMENT_OBJECT = 1, 1, 2, 9
+DATA_VALUE, DATA_VERDICT = 1, 2
+VERDICT_CODE, VERDICT_CHAIN = 1, 2
+#: linux/netfilter.h and nf_tables.h.
+VERDICTS = {0: "drop", 1: "accept", -1: "continue", -2: "break", -3: "jump", -4: "goto", -5: "return"}
+CODES = {word: code for code, word in VERDICTS.items()}
 WORD = 4
-#: Words of headers before an element's key (its own, the key's, the plain value's), and between key and value.
-BEFORE_KEY, BEFORE_VALUE = 3, 2
+#: Words of headers before an element's key: its own, the key's, the plain value's.
+BEFORE_KEY = 3
+#: Bytes that a name fills in a key (linux/if.h, IFNAMSIZ).
+IFNAMSIZ = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """Elements of one set; the order says nothing. Raises ValueError if keys or values are not whole.
+def pack(elements: Sequence[tuple[str, str]], key: str) -> bytes:
+    """The attributes of elements as nft writes them, one after the other: the inside of NFTA_SET_ELEM_LIST_ELEMENTS.
 
-    `key_bytes` is 4 for IPv4 addresses and 16 for IPv6 ones; `keys` holds them one after the other, in network byte
-    order. `values` holds the 4 bytes of each one's mark as a register does, in the host's byte order; a set that is no
-    map has none.
+    `key` is the type of a set's keys, as in `NftSet`.
     """
-
-    key_bytes: int
-    keys: bytes = b""
-    values: bytes = b""
-
-    def __post_init__(self) -> None:
-        if self.key_bytes <= 0 or self.key_bytes % WORD:
-            raise ValueError(f"a key of {self.key_bytes} bytes does not fill registers of {WORD}")
-        if len(self.keys) % self.key_bytes:
-            raise ValueError(f"{len(self.keys)} bytes are no whole keys of {self.key_bytes}")
-        if self.values and len(self.values) != len(self) * VALUE_BYTES:
-            raise ValueError(f"{len(self.values)} bytes are not the values of {len(self)} elements")
-
-    def __len__(self) -> int:
-        return len(self.keys) // self.key_bytes
-
-    def part(self, first: int, count: int) -> Elements:
-        """At most `count` elements, from the one at place `first` on."""
-        keys, values = self.key_bytes, VALUE_BYTES
-        last = first + count
-        return Elements(keys, self.keys[first * keys : last * keys], self.values[first * values : last * values])
+    if isinstance(elements, Addresses):
+        return _pack_addresses(elements)
+    types = key.split(" . ")
+    return b"".join(_element(words, value, types) for words, value in elements)
 
 
-def stride(key_bytes: int, *, valued: bool) -> int:
-    """The bytes that one element takes in a message."""
-    return len(_template(key_bytes, valued=valued))
+def _element(words: str, value: str, types: list[str]) -> bytes:
+    parts = words.split(" . ")
+    packed = b"".join(_key(part, kind) for part, kind in zip(parts, types, strict=True))
+    return attribute(LIST_ELEMENT, attribute(ELEMENT_KEY, attribute(DATA_VALUE, packed)) + _value(value))
 
 
-def pack(elements: Elements) -> bytes:
-    """The attributes of the elements, one after the other: the inside of an NFTA_SET_ELEM_LIST_ELEMENTS."""
-    data = bytearray(_template(elements.key_bytes, valued=bool(elements.values)) * len(elements))
-    for there, here in _columns(data, elements.key_bytes, elements.keys, elements.values):
+def _key(part: str, kind: str) -> bytes:
+    """A part of a key; each fills whole 32-bit registers."""
+    match kind:
+        case "ipv4_addr":
+            return socket.inet_pton(socket.AF_INET, part)
+        case "ipv6_addr":
+            return socket.inet_pton(socket.AF_INET6, part)
+        case "mark":  # a register's own byte order
+            return int(part, 16).to_bytes(4, sys.byteorder)
+        case "ifname":
+            return part.strip('"').encode().ljust(IFNAMSIZ, b"\0")
+    raise ValueError(f"no key of ours is a {kind}")
+
+
+def _value(value: str) -> bytes:
+    if not value:
+        return b""
+    if value.startswith('"'):
+        return attribute(ELEMENT_OBJECT, _text(value.strip('"')))
+    verb, _, chain = value.partition(" ")
+    if verb not in CODES:
+        raise ValueError(f"no verdict or object: {value}")
+    verdict = attribute(VERDICT_CODE, struct.pack(">i", CODES[verb]))
+    if chain:
+        verdict += attribute(VERDICT_CHAIN, _text(chain))
+    return attribute(ELEMENT_DATA, attribute(DATA_VERDICT, verdict))
+
+
+def _text(name: str) -> bytes:
+    return f"{name}\0".encode()
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+def stride(family: Family) -> int:
+    """The bytes that an address takes in a message."""
+    return len(_template(family))
+
+
+def _pack_addresses(addresses: Addresses) -> bytes:
+    data = bytearray(_template(addresses.family) * len(addresses))
+    for there, here in _columns(data, addresses.family, addresses.packed):
         there[:] = here
     return bytes(data)
 
 
-def unpack(data: bytes | bytearray, key_bytes: int, *, valued: bool) -> Elements:
-    """What `pack` made, as the kernel has it in a dump too. Raises ValueError if an element has another shape."""
-    count, rest = divmod(len(data), stride(key_bytes, valued=valued))
-    keys, values = bytearray(count * key_bytes), bytearray(count * VALUE_BYTES if valued else 0)
+def unpack(data: bytes | bytearray, family: Family) -> Addresses:
+    """What `pack` made of addresses, as the kernel has it in a dump too. Raises ValueError for any other shape."""
+    count, rest = divmod(len(data), stride(family))
+    keys = bytearray(count * (family.bits // 8))
     if not rest:
-        for there, here in _columns(data, key_bytes, keys, values):
+        for there, here in _columns(data, family, keys):
             here[:] = there
-    elements = Elements(key_bytes, bytes(keys), bytes(values))
-    if pack(elements) != data:
-        raise ValueError(f"not elements with keys of {key_bytes} bytes and {'a mark' if valued else 'no value'} each")
-    return elements
+    if _template_of(data, family) != _template(family) * count or rest:
+        raise ValueError(f"not a set of {family} addresses")
+    return Addresses.sorted(family, bytes(keys))
 
 
-def _template(key_bytes: int, *, valued: bool) -> bytes:
-    """An element whose key and value are zeros."""
-    key = attribute(ELEMENT_KEY, attribute(DATA_VALUE, bytes(key_bytes)))
-    value = attribute(ELEMENT_DATA, attribute(DATA_VALUE, bytes(VALUE_BYTES))) if valued else b""
-    return attribute(LIST_ELEMENT, key + value)
+def _template_of(data: bytes | bytearray, family: Family) -> bytes:
+    """The attributes without their keys."""
+    blank = bytearray(data)
+    if len(data) % stride(family) == 0:
+        for there, here in _columns(blank, family, bytes(len(data) // stride(family) * (family.bits // 8))):
+            there[:] = here
+    return bytes(blank)
+
+
+def _template(family: Family) -> bytes:
+    """An element whose key is zero."""
+    return attribute(LIST_ELEMENT, attribute(ELEMENT_KEY, attribute(DATA_VALUE, bytes(family.bits // 8))))
 
 
 def _columns(
-    data: bytes | bytearray, key_bytes: int, keys: bytes | bytearray, values: bytes | bytearray
+    data: bytes | bytearray, family: Family, keys: bytes | bytearray
 ) -> Iterator[tuple[memoryview, memoryview]]:
-    """Views of the same words: each in `data`, and in `keys` or `values`."""
+    """Views of the same words: each in `data`, and in `keys`."""
     if not data:  # a view of nothing can't be cast
         return
-    step = stride(key_bytes, valued=bool(values)) // WORD
-    width = key_bytes // WORD
+    step, width = stride(family) // WORD, family.bits // 32
     words, packed = memoryview(data).cast("I"), memoryview(keys).cast("I")
     for column in range(width):
         yield words[BEFORE_KEY + column :: step], packed[column::width]
-    if values:
-        yield words[BEFORE_KEY + width + BEFORE_VALUE :: step], memoryview(values).cast("I")

@@ -7,15 +7,20 @@ linux/netfilter/nf_tables.h; numbers are big-endian there.
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
+from typing import NamedTuple
 
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
-from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, Netlink
-from agent.model import Chain, Count, Family, Hook, NftSet, Statement, Table, address_text
+from agent.kernel.elements import VERDICTS, unpack
+from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
+from agent.model import Addresses, Chain, Count, ElementChange, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
 
 NFNL_SUBSYS_NFTABLES = 10
@@ -23,6 +28,8 @@ NFPROTO_INET = 1
 GETTABLE, GETCHAIN, GETRULE, GETSET, GETSETELEM, GETGEN, GETOBJ = 1, 4, 7, 10, 13, 16, 19
 #: nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
 NFGENMSG = struct.pack("=BBH", NFPROTO_INET, 0, 0)
+#: Of all families.
+NFGENMSG_ALL = bytes(4)
 
 #: In each of these messages attribute 1 is the table's name, except that a table's own name is its attribute 1.
 OF_TABLE = 1
@@ -31,7 +38,8 @@ NFT_TABLE_F_DORMANT = 0x1
 CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, CHAIN_TYPE = 3, 4, 5, 7
 HOOK_NUMBER, HOOK_PRIORITY = 1, 2
 RULE_CHAIN, RULE_USERDATA = 2, 7
-SET_NAME, SET_FLAGS, SET_KEY_TYPE, SET_DATA_TYPE, SET_OBJECT_TYPE = 2, 3, 4, 6, 15
+SET_NAME, SET_FLAGS, SET_KEY_TYPE, SET_DATA_TYPE, SET_DESC, SET_OBJECT_TYPE, SET_COUNT = 2, 3, 4, 6, 9, 15, 20
+SET_DESC_SIZE = 1
 NFT_SET_ANONYMOUS, NFT_SET_INTERVAL, NFT_SET_MAP, NFT_SET_OBJECT = 0x1, 0x4, 0x8, 0x40
 ELEMENT_SET, ELEMENTS = 2, 3
 ELEMENT_KEY, ELEMENT_DATA, ELEMENT_FLAGS, ELEMENT_OBJECT = 1, 2, 3, 9
@@ -46,14 +54,23 @@ GEN_ID = 1
 
 #: linux/netfilter.h, enum nf_inet_hooks.
 HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
-#: linux/netfilter.h and nf_tables.h: verdicts.
-VERDICTS = {0: "drop", 1: "accept", -1: "continue", -2: "break", -3: "jump", -4: "goto", -5: "return"}
 #: libnftables' numbers of the types of our sets' keys (include/datatype.h, enum datatypes); six bits each in a
 #: concatenation. The kernel keeps them for libnftables, and doesn't look at them.
 KEY_TYPES = {7: "ipv4_addr", 8: "ipv6_addr", 19: "mark", 41: "ifname"}
 KEY_BYTES = {"ipv4_addr": 4, "ipv6_addr": 16, "mark": 4, "ifname": 16}
+ADDRESSES = {f"{family}_addr": family for family in Family}
+#: More elements than this are not read back at every look; but again after so many times what that took (a million: a
+#: quarter of an hour), and when there are more or less.
+TRUSTED, TRUST = 4096, 50
 #: libnftnl's userdata of a rule: type, length, value; type 0 is the comment (libnftnl/udata.h).
 UDATA_COMMENT = 0
+
+
+class _Known(NamedTuple):
+    """What a set held when it was read or written, and until when that is trusted (monotonic seconds)."""
+
+    addresses: Addresses
+    until: float
 
 
 class Nfnl:
@@ -62,6 +79,10 @@ class Nfnl:
     def __init__(self) -> None:
         self._netlink = Netlink(NETLINK_NETFILTER)
         self._read: tuple[str, int, Table | None] | None = None
+        self._nat = ("", -1, True)
+        self._known: dict[tuple[str, str], _Known] = {}
+        # Until then what was read last is trusted, as far as it was not read.
+        self._until = math.inf
 
     def __enter__(self) -> Nfnl:
         return self
@@ -76,6 +97,16 @@ class Nfnl:
         answer = self._netlink.ask("ask for the ruleset's generation", NFNL_SUBSYS_NFTABLES << 8 | GETGEN, NFGENMSG)
         return number(attributes(answer[len(NFGENMSG) :])[GEN_ID])
 
+    def translates(self, but: str) -> bool:
+        """Whether a chain of another table than this one of ours translates addresses."""
+        before = self.generation()
+        if self._nat[:2] != (but, before):
+            answers = self._netlink.dump("list the nft chains", NFNL_SUBSYS_NFTABLES << 8 | GETCHAIN, NFGENMSG_ALL)
+            chains = [attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers]
+            nat = (text(chain[OF_TABLE]) for chain in chains if text(chain.get(CHAIN_TYPE, b"")) == "nat")
+            self._nat = but, before, any(table != but for table in nat)
+        return self._nat[2]
+
     def tables(self) -> tuple[str, ...]:
         """The names of the tables of family inet."""
         return tuple(text(item[OF_TABLE]) for item in self._items("list the nft tables", GETTABLE))
@@ -89,8 +120,9 @@ class Nfnl:
         last = None
         for attempt in range(ATTEMPTS):
             before = self.generation()
-            if self._read and self._read[:2] == (name, before):
+            if self._read and self._read[:2] == (name, before) and time.monotonic() < self._until:
                 return self._read[2]
+            self._until = math.inf
             found = self._table(name)
             if self.generation() == before or (attempt and found == last):
                 self._read = (name, before, found)
@@ -155,13 +187,70 @@ class Nfnl:
             value = "counter" if number(item[SET_OBJECT_TYPE]) == NFT_OBJECT_COUNTER else "object"
         elif flags & NFT_SET_MAP:
             value = "verdict" if number(item[SET_DATA_TYPE]) == NFT_DATA_VERDICT else "data"
-        elements = self._elements(table, name)
         interval = bool(flags & NFT_SET_INTERVAL)
-        if interval and types in (["ipv4_addr"], ["ipv6_addr"]):
-            words = _intervals(elements, types)
+        size = number(attributes(item.get(SET_DESC, b"")).get(SET_DESC_SIZE, b""))
+        key = " . ".join(types)
+        if key in ADDRESSES and not (value or interval):
+            addresses = self._addresses(table, name, ADDRESSES[key], item)
+            if addresses is not None:
+                return NftSet(name, key, size=size, elements=addresses)
+        elements = self._elements(table, name)
+        if key in ADDRESSES and interval:
+            words = _intervals(elements, ADDRESSES[key])
         else:
-            words = ((_key(key, types), value) for key, _, value in elements)
-        return NftSet(name, " . ".join(types), value, interval, tuple(words))
+            words = ((_key(found, types), value) for found, _, value in elements)
+        return NftSet(name, key, value, interval, tuple(words), size=size)
+
+    def _addresses(self, table: str, name: str, family: Family, item: Attributes) -> Addresses | None:
+        """What a set of plain addresses holds; None if there are other elements in it.
+
+        The kernel counts anew from the first element for every 32 KiB of its answer: the time goes with the square of
+        their number, 0.1 s for 100,000 and 20 s for a million. So many are as they were known to be last, as long as
+        there are as many (the kernel says how many since Linux 6.16), for fifty times what it takes to read them.
+        """
+        began = time.monotonic()
+        known, count = self._known.get((table, name)), item.get(SET_COUNT)
+        if known and count and len(known.addresses) == number(count) > TRUSTED and began < known.until:
+            self._until = min(self._until, known.until)
+            return known.addresses
+        doing = f"read the elements of {name} in nft table inet {table}"
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE)
+            data = bytearray()
+            for answer in self._dump(doing, GETSETELEM, table, attribute(ELEMENT_SET, f"{name}\0".encode())):
+                data += answer.get(ELEMENTS, b"")
+            try:
+                found = unpack(data, family)
+            except ValueError:
+                self._known.pop((table, name), None)
+                return None
+            # After many have come the kernel still moves them to a larger hash (lib/rhashtable.c, rht_deferred_worker),
+            # and a dump that comes in pieces misses some.
+            if not count or len(found) == number(count):
+                break
+        now = time.monotonic()
+        self._known[table, name] = _Known(found, now + TRUST * (now - began))
+        return found
+
+    @contextmanager
+    def changing(self, table: str, changes: Sequence[ElementChange]) -> Iterator[None]:
+        """Around changes of sets of addresses, which need not be read back then, unless one failed."""
+        before = {change.set: self._known.pop((table, change.set), None) for change in changes}
+        yield
+        for change in changes:
+            if isinstance(change.new, Addresses) and isinstance(change.gone, Addresses):
+                known = before[change.set] or _Known(Addresses(change.new.family), time.monotonic() + TRUST)
+                now = change.new
+                if known.addresses:
+                    packed = known.addresses.without(change.gone).packed + change.new.packed
+                    now = Addresses.sorted(change.new.family, packed)
+                self._known[table, change.set] = known._replace(addresses=now)
+
+    def loaded(self, table: str, commands: str) -> None:
+        """nft was given commands: what sets they name is read anew. Rules name them with an @."""
+        named = set(commands.split())
+        self._known = {key: known for key, known in self._known.items() if key[0] != table or key[1] not in named}
 
     def _elements(self, table: str, name: str) -> Iterator[tuple[bytes, bool, str]]:
         """Key, whether it ends an interval, and value as nft writes it."""
@@ -255,12 +344,11 @@ def _value(element: Attributes) -> str:
     return f"{VERDICTS.get(code, str(code))}{chain}"
 
 
-def _intervals(elements: Iterator[tuple[bytes, bool, str]], types: list[str]) -> Iterator[tuple[str, str]]:
+def _intervals(elements: Iterator[tuple[bytes, bool, str]], family: Family) -> Iterator[tuple[str, str]]:
     """The intervals of a set: the kernel has their first addresses, and behind each last one a mark that it ended.
 
     An interval that reaches the last address of all has no end, and libnftables ends one at 0 that never began.
     """
-    family = Family.IPV6 if types == ["ipv6_addr"] else Family.IPV4
     edges = []
     for key, ends, value in elements:
         if key:

@@ -1,7 +1,7 @@
-"""nf_tables' sets by netlink: elements put in and taken out in transactions of our own, and read back as blocks.
+"""nf_tables' sets by netlink: elements put in and taken out in transactions of our own.
 
-For hash sets and maps of marks (no interval), which are large: libnftables reads every set of the host before it adds
-an element, and takes ten times as long for the rest. Message types and attributes are those of
+For all that are no intervals. libnftables reads every interval set of the host before it adds an element (2.8 s beside
+a foreign one of 100,000), and takes ten times as long for many. Message types and attributes are those of
 linux/netfilter/nf_tables.h and nfnetlink.h.
 """
 
@@ -10,24 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
 from agent.kernel import KernelError
-from agent.kernel.attributes import attribute, attributes
-from agent.kernel.elements import Elements, pack, stride, unpack
-from agent.kernel.netlink import (
-    ATTRIBUTE,
-    HEADER,
-    NETLINK_NETFILTER,
-    NLM_F_ACK,
-    NLM_F_CREATE,
-    NLM_F_EXCL,
-    Message,
-    Netlink,
-)
-from agent.kernel.nfnl import ELEMENT_SET, ELEMENTS, GETSETELEM, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
+from agent.kernel.attributes import attribute
+from agent.kernel.elements import pack, stride
+from agent.kernel.netlink import ATTRIBUTE, NETLINK_NETFILTER, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, Netlink
+from agent.kernel.nfnl import ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
+from agent.model import Addresses, ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17
@@ -42,6 +33,8 @@ LIST_ROOM = 0xFFFF - ATTRIBUTE.size
 TRANSACTION = 4000
 #: Bytes that a transaction may have, where we have the rights for so large a buffer (the kernel doubles it).
 SEND_ROOM = 1 << 23
+#: Bytes that an element has at most: two names of chains or counters (ours have at most 64 letters), two addresses.
+ELEMENT_ROOM = 256
 #: Bytes of a transaction besides the elements, and more than it is: headers, and names of at most 255 bytes each.
 FRAME_ROOM = 4096
 
@@ -59,15 +52,6 @@ class StaleError(KernelError):
 
 class FullError(KernelError):
     """Nothing was done: a set would hold more than its `size`, what goes in the same transaction left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What leaves a set and what enters it, at once; a key in both gets another value. `gone` needs no values."""
-
-    set: str
-    gone: Elements
-    new: Elements
 
 
 class Nfset:
@@ -88,42 +72,24 @@ class Nfset:
     ) -> None:
         self._netlink.close()
 
-    def commit(self, table: str, changes: Sequence[Change], generation: int | None = None) -> None:
+    def commit(self, table: str, changes: Sequence[ElementChange], generation: int | None = None) -> None:
         """Make all the changes in one transaction, or none of them.
 
-        With `generation` only if nobody committed anything since; the one that this commit makes is then
-        `following(generation)`. Raises StaleError if somebody did, for a key that is not there to be deleted, and for
-        one that is there already; raises FullError. KernelError besides: "Message too long" if one send has no room
-        for so much: more than some 400,000 elements, or in a user namespace than what net.core.wmem_max allows.
+        With `generation` only if nobody committed anything since. Raises StaleError if somebody did, for a key that is
+        not there to be deleted, and for one that is there already; raises FullError. KernelError besides: "Message too
+        long" if one send has no room for so much.
         """
         self._send(f"change elements in nft table inet {table}", transaction(table, changes, generation))
 
-    def fill(self, table: str, name: str, elements: Elements) -> None:
-        """Add elements to a set or map that no rule uses yet, in as many transactions as it takes.
+    def change(self, table: str, changes: Sequence[ElementChange]) -> None:
+        """Make all the changes, in as many transactions as it takes for nothing to be wrong between them.
 
-        What a failure leaves is part of them. Raises as `commit` does.
+        In the order given what comes, against it what only goes: with the sets of longer prefixes first each address
+        is at any moment whose it was or whose it is going to be. A failure leaves part of it done. Raises as `commit`
+        does.
         """
-        each = stride(elements.key_bytes, valued=bool(elements.values))
-        count = max(1, min(TRANSACTION, (self._room - FRAME_ROOM) // each))
-        for first in range(0, len(elements), count):
-            part = Change(name, Elements(elements.key_bytes), elements.part(first, count))
-            self._send(f"fill {name} in nft table inet {table}", transaction(table, [part]))
-
-    def elements(self, table: str, name: str, key_bytes: int, *, valued: bool) -> Elements:
-        """What a set or map holds, in the kernel's order; nothing if it is not there.
-
-        The kernel counts anew from the first element for every 32 KiB of its answer: the time goes with the square.
-        Raises KernelError if an element has another shape.
-        """
-        doing = f"read the elements of {name} in nft table inet {table}"
-        body = NFGENMSG + _name(OF_TABLE, table) + _name(ELEMENT_SET, name)
-        found = bytearray()
-        for answer in self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | GETSETELEM, body):
-            found += attributes(answer[HEADER.size + len(NFGENMSG) :]).get(ELEMENTS, b"")
-        try:
-            return unpack(found, key_bytes, valued=valued)
-        except ValueError as error:
-            raise KernelError(doing, str(error)) from error
+        for part in portions(changes, min(TRANSACTION, (self._room - FRAME_ROOM) // ELEMENT_ROOM)):
+            self.commit(table, part)
 
     def _send(self, doing: str, messages: Sequence[Message]) -> None:
         answers = self._netlink.post(doing, messages) if messages else {0: 0}
@@ -141,22 +107,66 @@ class Nfset:
             raise KernelError(doing, "no answer")
 
 
-def following(generation: int) -> int:
-    """The generation after one: a 32-bit number that is never 0 (nf_tables_commit in net/netfilter/nf_tables_api.c)."""
-    return (generation + 1) % (1 << 32) or 1
+def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[ElementChange, ...]]:
+    """Changes as transactions of at most so many elements: what comes, with the values that it takes the place of, and
+    then what only goes.
+
+    Not both at once, not even of few: a packet asks one set after the other, and is on its way while they change.
+    """
+    coming, going = [], []
+    for change in changes:
+        replaced: dict[str, tuple[str, str]] = {}
+        if change.gone and not isinstance(change.gone, Addresses):  # what has no value can't have another
+            new = {key for key, _ in change.new}
+            replaced = {key: (key, value) for key, value in change.gone if key in new}
+        coming.append(ElementChange(change.set, change.key, tuple(replaced.values()), change.new))
+        left = tuple(each for each in change.gone if each[0] not in replaced) if replaced else change.gone
+        going.append(ElementChange(change.set, change.key, left, ()))
+    yield from _batched((part for change in coming for part in _split(change, size)), size)
+    yield from _batched((part for change in reversed(going) for part in _split(change, size)), size)
 
 
-def transaction(table: str, changes: Sequence[Change], generation: int | None = None) -> list[Message]:
+def _split(change: ElementChange, size: int) -> Iterator[ElementChange]:
+    """A change in parts, of which none is too large for one transaction."""
+    if len(change.gone) + len(change.new) <= size:
+        yield change
+        return
+    old = {key: (key, value) for key, value in change.gone} if change.new else {}
+    half = max(1, size // 2)
+    for first in range(0, len(change.new), half):
+        new = change.new[first : first + half]
+        yield ElementChange(change.set, change.key, tuple(old[key] for key, _ in new if key in old) if old else (), new)
+    if not change.new:
+        for first in range(0, len(change.gone), size):
+            yield ElementChange(change.set, change.key, change.gone[first : first + size], ())
+
+
+def _batched(changes: Iterable[ElementChange], size: int) -> Iterator[tuple[ElementChange, ...]]:
+    batch: list[ElementChange] = []
+    count = 0
+    for change in changes:
+        more = len(change.gone) + len(change.new)
+        if batch and count + more > size:
+            yield tuple(batch)
+            batch, count = [], 0
+        if more:
+            batch.append(change)
+            count += more
+    if batch:
+        yield tuple(batch)
+
+
+def transaction(table: str, changes: Sequence[ElementChange], generation: int | None = None) -> list[Message]:
     """The messages of one batch: what goes before what comes, so that a key may do both. None without a change.
 
     An acknowledgement is asked for at the last message with elements: at the end of a batch only Linux 6.10 gives one.
     """
     messages = [
-        *(Message(DELSETELEM, 0, body) for change in changes for body in _bodies(table, change.set, change.gone)),
+        *(Message(DELSETELEM, 0, body) for change in changes for body in _bodies(table, change, _keys(change.gone))),
         *(
             Message(NEWSETELEM, NLM_F_CREATE | NLM_F_EXCL, body)
             for change in changes
-            for body in _bodies(table, change.set, change.new)
+            for body in _bodies(table, change, change.new)
         ),
     ]
     if not messages:
@@ -170,12 +180,16 @@ def transaction(table: str, changes: Sequence[Change], generation: int | None = 
     ]
 
 
-def _bodies(table: str, name: str, elements: Elements) -> Iterator[bytes]:
+def _keys(elements: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    return elements if isinstance(elements, Addresses) else [(key, "") for key, _ in elements]
+
+
+def _bodies(table: str, change: ElementChange, elements: Sequence[tuple[str, str]]) -> Iterator[bytes]:
     """As few messages as hold the elements."""
-    head = NFGENMSG + _name(OF_TABLE, table) + _name(ELEMENT_SET, name)
-    count = LIST_ROOM // stride(elements.key_bytes, valued=bool(elements.values))
+    head = NFGENMSG + _name(OF_TABLE, table) + _name(ELEMENT_SET, change.set)
+    count = LIST_ROOM // (stride(elements.family) if isinstance(elements, Addresses) else ELEMENT_ROOM)
     for first in range(0, len(elements), count):
-        yield head + attribute(ELEMENTS, pack(elements.part(first, count)))
+        yield head + attribute(ELEMENTS, pack(elements[first : first + count], change.key))
 
 
 def _name(kind: int, name: str) -> bytes:

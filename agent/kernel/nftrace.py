@@ -19,6 +19,7 @@ from types import TracebackType
 
 from agent.kernel import KernelError, tracing
 from agent.kernel.attributes import attribute, attributes, number, text
+from agent.kernel.elements import VERDICTS
 from agent.kernel.netlink import HEADER, NETLINK_NETFILTER, SOL_NETLINK, Netlink
 from agent.kernel.nfnl import (
     CHAIN_HOOK,
@@ -32,7 +33,6 @@ from agent.kernel.nfnl import (
     UDATA_COMMENT,
     VERDICT_CHAIN,
     VERDICT_CODE,
-    VERDICTS,
 )
 from agent.kernel.nft import Nft
 from agent.model import Family

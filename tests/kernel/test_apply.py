@@ -317,7 +317,7 @@ def test_the_rendered_files_by_hand_are_what_apply_does(admin: Admin, text: str)
     admin.host.sysctl("net/ipv4/conf/all/rp_filter", 1)
     policy = admin.write(text)
     with reconcile.opened() as kernel:
-        files = render.files(desire(policy, facts.take(policy, kernel.rtnl, kernel.sysctls)))
+        files = render.files(desire(policy, facts.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)))
     for line in files[render.ROUTING].splitlines():
         admin.host.run(["sh", "-c", line])
     admin.host.nft(files[render.RULESET])
@@ -325,12 +325,16 @@ def test_the_rendered_files_by_hand_are_what_apply_does(admin: Admin, text: str)
 
 
 def test_a_review_without_facts_lacks_only_what_the_host_knows(admin: Admin) -> None:
-    """Loaded from a review that did not know the host, what the plan adds is "auto" and the connected networks."""
-    files = render.files(desire(admin.write(BASE), None))
+    """Loaded from a review that did not know the host, what the plan adds is "auto" and the connected networks.
+
+    Whether anything translates addresses only the host knows, too, unless the policy says so.
+    """
+    text = policy_text({"members": MEMBERS}, kernel={"nat": True})
+    files = render.files(desire(admin.write(text), None))
     for line in files[render.ROUTING].splitlines():
         admin.host.run(["sh", "-c", line])
     admin.host.nft(files[render.RULESET])
-    plan = admin.plan(BASE).text.splitlines()
+    plan = admin.plan(text).text.splitlines()
     assert plan
     of_the_host = re.compile(r"from (203\.|2001:db8:2:)| (dev|via) | nft add element .*(203\.|2001:db8:2:)")
     assert [line for line in plan if not of_the_host.search(line)] == []

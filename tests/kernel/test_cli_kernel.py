@@ -165,10 +165,13 @@ def test_explain_compares_next_hop_and_rules(admin: Admin) -> None:
     admin.apply(POLICY)
     words = "route replace default via 203.0.113.77 dev wan table 4002 metric 1024 protocol 73"
     admin.host.ip(*words.split())
-    admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
     done = admin.idmark("explain", OUTSIDE["ipv4"], WILD["ipv4"])
     assert done.returncode == 1
     assert "DISAGREES: via 203.0.113.77 dev wan table 4002" in done.stdout
+    admin.host.ip("rule", "delete", "priority", "4002", "from", OUTSIDE["ipv4"])
+    done = admin.idmark("explain", OUTSIDE["ipv4"], WILD["ipv4"])
+    assert done.returncode == 1
+    assert "DISAGREES: via 203.0.113.1 dev wan table 254" in done.stdout
     assert f"NOT THERE: priority 4002 from {OUTSIDE['ipv4']} lookup 4002" in done.stdout
     status = admin.idmark("status").stdout
     assert f"ipv4       NOT IN FORCE, wanted: via {ISP['ipv4']} dev wan" in status

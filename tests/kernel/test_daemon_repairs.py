@@ -172,15 +172,15 @@ def test_elements(site: Site, untouched: list[str]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("flush map inet idmark sources-ipv4", id="map-flushed"),
+        pytest.param("flush map inet idmark sources-ipv4-24", id="map-flushed"),
         pytest.param("flush chain inet idmark postrouting", id="chain-flushed"),
         pytest.param("flush chain inet idmark id-inside", id="identity-chain-flushed"),
         pytest.param("flush chain inet idmark output; delete chain inet idmark output", id="base-chain-deleted"),
         pytest.param("flush table inet idmark", id="table-flushed"),
         pytest.param("delete table inet idmark", id="table-deleted"),
         pytest.param("insert rule inet idmark prerouting accept", id="rule-inserted"),
-        pytest.param("add element inet idmark sources-ipv4 { 192.0.2.77 : accept }", id="element-added"),
-        pytest.param("add element inet idmark sources-ipv6 { 2001:db8:bad::/48 : goto id-outside }", id="widened"),
+        pytest.param("add element inet idmark sources-ipv4-32 { 192.0.2.77 : accept }", id="element-added"),
+        pytest.param("add element inet idmark sources-ipv6-64 { 2001:db8:bad:: : goto id-outside }", id="widened"),
     ],
 )
 def test_ruleset(site: Site, untouched: list[str], text: str) -> None:

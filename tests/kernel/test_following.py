@@ -178,7 +178,7 @@ def test_a_link_renamed_in_the_midst_of_a_look(admin: Admin, monkeypatch: pytest
 
     monkeypatch.setattr(Rtnl, "links", links_and_a_rename)
     with reconcile.opened() as kernel:
-        seen = facts.take(load(admin.file), kernel.rtnl, kernel.sysctls)
+        seen = facts.take(load(admin.file), kernel.rtnl, kernel.nfnl, kernel.sysctls)
     assert {"vpn9", "wan"} <= {link.name for link in seen.links}
     assert "vpn0" not in {link.name for link in seen.links}
 

@@ -238,7 +238,7 @@ def test_a_link_s_name_is_no_command(admin: Admin, name: str) -> None:
     )
     policy = admin.write(text)
     with reconcile.opened() as kernel:
-        files = render.files(desire(policy, facts.take(policy, kernel.rtnl, kernel.sysctls)))
+        files = render.files(desire(policy, facts.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)))
     plan = [line[2:] for line in admin.plan(text).text.splitlines() if line.startswith(("+ ip ", "+ sysctl "))]
     assert any("net/ipv4/conf/" in line for line in plan)
     for lines in (files[render.ROUTING].splitlines(), plan):
@@ -316,9 +316,9 @@ def test_somebody_else_commits_all_the_time(admin: Admin) -> None:
     with reconcile.opened() as kernel, Overtaken(admin.host) as overtaken:
         overtaken_kernel = replace(kernel, nfnl=overtaken)
         assert reconcile.look(admin.write(POLICY), overtaken_kernel).plan.text == ""
-        admin.host.nft("delete element inet idmark sources-ipv4 { 10.9.0.0/24 }")
+        admin.host.nft("delete element inet idmark sources-ipv4-24 { 10.9.0.0 }")
         plan = reconcile.look(admin.write(POLICY), overtaken_kernel).plan
-        assert plan.text == "+ nft add element inet idmark sources-ipv4 { 10.9.0.0/24 : goto id-inside }\n"
+        assert plan.text == "+ nft add element inet idmark sources-ipv4-24 { 10.9.0.0 : goto id-inside }\n"
 
 
 def test_a_large_set_of_another_table_is_not_ours_to_read(admin: Admin) -> None:

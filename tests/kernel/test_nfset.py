@@ -4,53 +4,134 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 import subprocess
 import sys
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Sequence
 
 import pytest
 
 from agent.kernel import KernelError, nfset
-from agent.kernel.elements import Elements
 from agent.kernel.nfnl import Nfnl
-from agent.kernel.nfset import Change, FullError, Nfset, StaleError, following
-from agent.model import NftSet
+from agent.kernel.nfset import FullError, Nfset, StaleError
+from agent.model import Addresses, ElementChange, Family
 from tests.kernel.net import Host
 
-NONE = Elements(4)
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 NEWSETELEM, DELSETELEM, NEWGEN = 0xA0C, 0xA0E, 0xA0F
 #: Enough for more than one message in a transaction, and for more than one transaction.
 MANY = nfset.TRANSACTION + 1000
 
-
-def marks(*values: int) -> bytes:
-    """Marks as registers have them."""
-    return struct.pack(f"={len(values)}I", *values)
+Pairs = Sequence[tuple[str, str]]
 
 
-def ipv4(*addresses: str) -> bytes:
-    """Addresses as keys."""
-    return b"".join(IPv4Address(address).packed for address in addresses)
+def following(generation: int) -> int:
+    """The number of the next commit: 0 is none (net/netfilter/nf_tables_api.c, nf_tables_commit)."""
+    return generation + 1 & 0xFFFFFFFF or 1
 
 
-def pairs(elements: Elements) -> dict[bytes, bytes]:
-    """Values by keys, in no order."""
-    size = elements.key_bytes
-    return {
-        elements.keys[place * size : (place + 1) * size]: elements.values[place * 4 : place * 4 + 4]
-        for place in range(len(elements))
-    }
+def change(name: str, gone: Pairs, new: Pairs, key: str = "ipv4_addr") -> ElementChange:
+    return ElementChange(name, key, gone, new)
 
+
+def held(table: str = "t") -> dict[str, dict[str, str]]:
+    """What a table's sets hold, read by a reader that knows nothing of before."""
+    with Nfnl() as nfnl:
+        found = nfnl.table(table)
+    assert found
+    return {item.name: dict(item.elements) for item in found.sets}
+
+
+# --- the same as by nft ----------------------------------------------------------------------------------------------
+
+CHAINS = "chain id-inside { }\nchain id-outside { }\ncounter c-1 { }\ncounter c-2 { }\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "pairs"),
+    [
+        pytest.param(
+            "ipv4_addr", "verdict", [("10.9.0.0", "goto id-inside"), ("203.0.113.2", "goto id-outside")], id="gotos"
+        ),
+        pytest.param(
+            "ipv6_addr", "verdict", [("2001:db8::", "goto id-inside"), ("::1", "goto id-outside")], id="gotos-ipv6"
+        ),
+        pytest.param(
+            "mark . ifname",
+            "verdict",
+            [('0x01000000 . "vpn0"', "goto id-inside"), ('0x02000000 . "fifteen-letters"', "goto id-outside")],
+            id="gotos-by-mark-and-link",
+        ),
+        pytest.param("ipv4_addr", "verdict", [("10.9.0.1", "accept"), ("10.9.0.2", "drop")], id="verdicts-alone"),
+        pytest.param("mark", "counter", [("0x01000000", '"c-1"'), ("0x02000000", '"c-2"')], id="counters"),
+        pytest.param(
+            "mark . ifname",
+            "counter",
+            [('0x01000000 . "vpn0"', '"c-1"'), ('0x02000000 . "wan"', '"c-2"')],
+            id="counters-by-mark-and-link",
+        ),
+        pytest.param("ipv4_addr", "", [("10.9.0.5", ""), ("10.9.0.6", "")], id="addresses"),
+        pytest.param("ipv6_addr", "", [("2001:db8::5", ""), ("::", "")], id="addresses-ipv6"),
+        pytest.param("mark", "", [("0x01000000", ""), ("0xffffffff", "")], id="marks"),
+        pytest.param("ifname", "", [('"vpn0"', ""), ('"é"', "")], id="links"),
+        pytest.param("mark . ifname", "", [('0x01000000 . "vpn0"', "")], id="marks-and-links"),
+        pytest.param("ipv4_addr . ifname", "", [('192.0.2.130 . "vpn0"', "")], id="addresses-and-links"),
+        pytest.param("ipv6_addr . ifname", "", [('2001:db8:4::130 . "vpn0"', "")], id="addresses-and-links-ipv6"),
+    ],
+)
+def test_as_by_nft(netns: Host, key: str, value: str, pairs: Pairs) -> None:
+    """Of every kind of set that we have, what we put in is what nft puts in: to nft's eyes, and to ours."""
+    keyword = "map" if value else "set"
+    kind = f"type {key}{f' : {value}' if value else ''};"
+    elements = ", ".join(f"{words} : {what}" if what else words for words, what in pairs)
+    netns.nft(
+        f"table inet t {{\n{CHAINS}"
+        f"{keyword} text {{ {kind}\nelements = {{ {elements} }}\n}}\n{keyword} netlink {{ {kind}\n}}\n}}\n"
+    )
+    with Nfset() as sets:
+        sets.commit("t", [change("netlink", (), pairs, key)])
+        assert held()["netlink"] == held()["text"] == dict(pairs)
+        listed = [
+            netns.nft_json("list", keyword, "inet", "t", name)[0][keyword]["elem"] for name in ("text", "netlink")
+        ]
+        assert sorted(map(str, listed[0])) == sorted(map(str, listed[1]))
+        for name in ("text", "netlink"):
+            sets.commit("t", [change(name, pairs, (), key)])
+        assert held() == {"text": {}, "netlink": {}}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_many(netns: Host, family: Family) -> None:
+    """More than fits one transaction, in whatever order, is what nft loads from text: to nft's eyes, and to ours."""
+    order = random.Random(5)  # noqa: S311
+    addresses = Addresses.of(family, (order.getrandbits(family.bits) for _ in range(MANY)))
+    words = [key for key, _ in addresses]
+    netns.nft(
+        f"table inet t {{\nset text {{ type {family}_addr; elements = {{ {', '.join(words)} }}; }}\n"
+        f"set netlink {{ type {family}_addr; }}\n}}\n"
+    )
+    with Nfset() as sets, Nfnl() as nfnl:
+        before = nfnl.generation()
+        sets.change("t", [change("netlink", (), addresses, f"{family}_addr")])
+        assert nfnl.generation() > before + 1
+        table = nfnl.table("t")
+    assert table
+    assert [item.elements for item in table.sets] == [addresses, addresses]
+    listed = [netns.nft_json("list", "set", "inet", "t", name)[0]["set"]["elem"] for name in ("text", "netlink")]
+    assert sorted(listed[0]) == sorted(listed[1])
+
+
+# --- one transaction -------------------------------------------------------------------------------------------------
 
 #: Two keys, and room for one more.
 MAP = """
 table inet t {
+    chain a { }
+    chain b { }
+    chain c { }
     map m {
-        type ipv4_addr : mark
+        type ipv4_addr : verdict
         size 3
-        elements = { 10.9.0.5 : 0x01000000, 10.9.0.6 : 0x02000000 }
+        elements = { 10.9.0.5 : goto a, 10.9.0.6 : goto b }
     }
     set s {
         type ipv4_addr
@@ -58,48 +139,8 @@ table inet t {
     }
 }
 """
-HELD = Elements(4, ipv4("10.9.0.5", "10.9.0.6"), marks(0x01000000, 0x02000000))
-
-
-@pytest.mark.parametrize("valued", [pytest.param(True, id="map"), pytest.param(False, id="set")])
-@pytest.mark.parametrize(
-    ("kind", "size"), [pytest.param("ipv4_addr", 4, id="ipv4"), pytest.param("ipv6_addr", 16, id="ipv6")]
-)
-def test_filled(netns: Host, kind: str, size: int, valued: bool) -> None:
-    """What is filled in, in whatever order, is what nft loads from text: to nft's eyes, to Nfnl's and to our own."""
-    order = random.Random(5)  # noqa: S311
-    keys = [order.randbytes(size) for _ in range(MANY)]
-    values = [order.randrange(1 << 32) if valued else 0 for _ in keys]
-    address = IPv4Address if size == 4 else IPv6Address
-    words = [
-        f"{address(key)} : {value}" if valued else f"{address(key)}" for key, value in zip(keys, values, strict=True)
-    ]
-    shape = ("map", f"{kind} : mark") if valued else ("set", kind)
-    holds = "{} {} {{ type {}; size {}; {} }}\n"
-    text = f"elements = {{ {', '.join(words)} }};"
-    netns.nft(
-        "table inet t {\n"
-        + holds.format(shape[0], "text", shape[1], 2 * MANY, text)
-        + holds.format(shape[0], "netlink", shape[1], 2 * MANY, "")
-        + "}\n"
-    )
-    shuffled = order.sample(range(MANY), MANY)
-    elements = Elements(
-        size,
-        b"".join(keys[place] for place in shuffled),
-        marks(*(values[place] for place in shuffled)) if valued else b"",
-    )
-    with Nfset() as sets, Nfnl() as nfnl:
-        sets.fill("t", "netlink", elements)
-        assert pairs(sets.elements("t", "netlink", size, valued=valued)) == pairs(elements)
-        assert pairs(sets.elements("t", "text", size, valued=valued)) == pairs(elements)
-        table = nfnl.table("t")
-    assert table
-    assert (
-        len({NftSet("", each.key, each.value, each.interval, tuple(sorted(each.elements))) for each in table.sets}) == 1
-    )
-    listed = [netns.nft_json("list", shape[0], "inet", "t", name)[0][shape[0]]["elem"] for name in ("text", "netlink")]
-    assert sorted(map(str, listed[0])) == sorted(map(str, listed[1]))
+HELD = (("10.9.0.5", "goto a"), ("10.9.0.6", "goto b"))
+NEW = (("10.9.0.7", "goto a"),)
 
 
 @pytest.fixture
@@ -112,76 +153,72 @@ def two(netns: Host) -> Host:
 def test_change(two: Host) -> None:
     """In one commit a key goes, one comes and one gets another value; a set of the same table changes with it."""
     changes = [
-        Change("m", HELD, Elements(4, ipv4("10.9.0.7"), marks(0x03000000))),
-        Change("s", NONE, Elements(4, ipv4("10.9.0.1"))),
+        change("m", HELD, (("10.9.0.7", "goto c"), ("10.9.0.6", "goto a"))),
+        change("s", (), Addresses.of(Family.IPV4, [0x0A090001])),
     ]
     with Nfset() as sets, Nfnl() as nfnl:
         before = nfnl.generation()
         sets.commit("t", changes, before)
         assert nfnl.generation() == following(before)
-        again = [Change("m", changes[0].new, Elements(4, ipv4("10.9.0.7"), marks(0x01000000)))]
-        sets.commit("t", again, following(before))
-        assert pairs(sets.elements("t", "m", 4, valued=True)) == {ipv4("10.9.0.7"): marks(0x01000000)}
-        assert pairs(sets.elements("t", "s", 4, valued=False)) == {ipv4("10.9.0.1"): b""}
-
-
-NEW = Elements(4, ipv4("10.9.0.7"), marks(0x01000000))
+        assert held() == {"m": {"10.9.0.7": "goto c", "10.9.0.6": "goto a"}, "s": {"10.9.0.1": ""}}
+        sets.commit("t", [change("m", (("10.9.0.7", "goto c"),), NEW)], following(before))
+        assert held()["m"] == {"10.9.0.7": "goto a", "10.9.0.6": "goto a"}
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "why"),
     [
         pytest.param(
-            [Change("m", Elements(4, ipv4("10.9.0.6", "10.9.0.8")), NEW)],
+            [change("m", (("10.9.0.6", ""), ("10.9.0.8", "")), NEW)],
             StaleError,
             "the table, the set or an element is not there (No such file or directory)",
             id="delete-what-is-not-there",
         ),
         pytest.param(
-            [Change("m", NONE, NEW), Change("other", NONE, NEW)],
+            [change("m", (), NEW), change("other", (), NEW)],
             StaleError,
             "the table, the set or an element is not there (No such file or directory)",
             id="no-such-set",
         ),
         pytest.param(
-            [Change("m", NONE, HELD)],
+            [change("m", (), (("10.9.0.7", "goto d"),))],
             StaleError,
-            "an element is there already (File exists)",
-            id="add-what-is-there",
+            "the table, the set or an element is not there (No such file or directory)",
+            id="no-such-chain",
         ),
         pytest.param(
-            [Change("m", NONE, Elements(4, HELD.keys[:4], marks(0x03000000)))],
+            [change("m", (), HELD)], StaleError, "an element is there already (File exists)", id="add-what-is-there"
+        ),
+        pytest.param(
+            [change("m", (), (("10.9.0.5", "goto c"),))],
             StaleError,
             "an element is there already (File exists)",
             id="another-value-without-delete",
         ),
         pytest.param(
-            [Change("m", NONE, Elements(4, ipv4("10.9.0.7", "10.9.0.8"), marks(1, 1)))],
+            [change("m", (), (*NEW, ("10.9.0.8", "goto a")))],
             FullError,
             "the set is full (Too many open files in system)",
             id="full",
         ),
         pytest.param(
-            [Change("m", NONE, NEW), Change("s", NONE, HELD)],
-            KernelError,
-            "Invalid argument",
-            id="values-for-a-set",
+            [change("m", (), NEW), change("s", (), HELD)], KernelError, "Invalid argument", id="values-for-a-set"
         ),
         pytest.param(
-            [Change("m", NONE, Elements(4, bytes(4 * 700_000), bytes(4 * 700_000)))],
+            [change("s", (), Addresses(Family.IPV4, bytes(4 * 2_000_000)))],
             KernelError,
             "Message too long",
             id="too-much-for-one-send",
         ),
         pytest.param(
-            [Change("m", Elements(4, ipv4(f"10.8.{place >> 8}.{place & 255}")), NONE) for place in range(2000)],
+            [change("m", ((f"10.8.{place >> 8}.{place & 255}", ""),), ()) for place in range(2000)],
             StaleError,
             "the table, the set or an element is not there (No such file or directory)",
             id="more-errors-than-there-is-room-for",
         ),
     ],
 )
-def test_refused(two: Host, changes: list[Change], error: type[KernelError], why: str) -> None:
+def test_refused(two: Host, changes: list[ElementChange], error: type[KernelError], why: str) -> None:
     """A change of which any part is refused changes nothing, says why, and the next one is taken."""
     with Nfset() as sets, Nfnl() as nfnl:
         before = nfnl.generation()
@@ -189,20 +226,19 @@ def test_refused(two: Host, changes: list[Change], error: type[KernelError], why
             sets.commit("t", changes)
         assert (type(raised.value), raised.value.why) == (error, why)
         assert raised.value.doing == "change elements in nft table inet t"
-        assert pairs(sets.elements("t", "m", 4, valued=True)) == pairs(HELD)
+        assert held() == {"m": dict(HELD), "s": {}}
         assert nfnl.generation() == before
-        sets.commit("t", [Change("m", NONE, NEW)], before)
-        assert len(sets.elements("t", "m", 4, valued=True)) == 3
+        sets.commit("t", [change("m", (), NEW)], before)
+        assert held()["m"] == dict((*HELD, *NEW))
 
 
 def test_change_in_a_full_set(two: Host) -> None:
     """What goes makes room for what comes in the same commit, so that a set is full by what it will hold."""
-    full = Elements(4, HELD.keys + NEW.keys, HELD.values + NEW.values)
-    after = Elements(4, ipv4("10.9.0.5", "10.9.0.6", "10.9.0.8"), marks(1, 2, 3))
+    after = (("10.9.0.5", "goto b"), ("10.9.0.6", "goto b"), ("10.9.0.8", "goto c"))
     with Nfset() as sets:
-        sets.commit("t", [Change("m", NONE, NEW)])
-        sets.commit("t", [Change("m", full, after)])
-        assert pairs(sets.elements("t", "m", 4, valued=True)) == pairs(after)
+        sets.commit("t", [change("m", (), NEW)])
+        sets.commit("t", [change("m", (*HELD, *NEW), after)])
+    assert held()["m"] == dict(after)
 
 
 def test_stale_generation(two: Host) -> None:
@@ -211,15 +247,15 @@ def test_stale_generation(two: Host) -> None:
         before = nfnl.generation()
         two.nft("table inet foreign { }\n")
         with pytest.raises(StaleError, match="somebody else changed the ruleset"):
-            sets.commit("t", [Change("m", NONE, NEW)], before)
-        assert pairs(sets.elements("t", "m", 4, valued=True)) == pairs(HELD)
-        sets.commit("t", [Change("m", NONE, NEW)], following(before))
+            sets.commit("t", [change("m", (), NEW)], before)
+        assert held()["m"] == dict(HELD)
+        sets.commit("t", [change("m", (), NEW)], following(before))
 
 
 def test_monitored(two: Host) -> None:
     """Who listens is told of a change whole, with one new generation behind it, and nothing of a refused one."""
-    half = [Change("s", NONE, Elements(4, ipv4("10.9.0.1"))), Change("m", Elements(4, ipv4("10.9.0.8")), NONE)]
-    whole = [Change("m", Elements(4, HELD.keys[:4]), Elements(4, HELD.keys[:4], marks(0x02000000)))]
+    half = [change("s", (), (("10.9.0.1", ""),)), change("m", (("10.9.0.8", ""),), ())]
+    whole = [change("m", HELD[:1], (("10.9.0.5", "goto b"),))]
     with Nfset() as sets, two.events(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as events:
         with pytest.raises(StaleError):
             sets.commit("t", half)
@@ -232,44 +268,88 @@ def test_nothing_to_change(two: Host) -> None:
     """A change of nothing is no commit, so that the generation stays."""
     with Nfset() as sets, Nfnl() as nfnl:
         before = nfnl.generation()
-        sets.commit("t", [Change("m", NONE, NONE)], before)
-        sets.fill("t", "m", NONE)
+        sets.commit("t", [change("m", (), ())], before)
+        sets.change("t", [change("s", Addresses(Family.IPV4), Addresses(Family.IPV4))])
+        sets.change("t", [])
         assert nfnl.generation() == before
 
 
-def test_nothing_there(two: Host) -> None:
-    """A set without elements, a set that is not there and a table that is not there hold nothing."""
-    with Nfset() as sets:
-        found = [sets.elements(table, name, 4, valued=False) for table, name in (("t", "s"), ("t", "no"), ("no", "s"))]
-    assert found == [NONE] * 3
+def test_change_twice(two: Host) -> None:
+    """To put in what is there already is an error, not a silent success."""
+    with Nfset() as sets, pytest.raises(StaleError, match="in nft table inet t: an element is there already"):
+        sets.change("t", [change("m", (), HELD)])
 
 
-def test_another_shape(two: Host) -> None:
-    """A set with elements of another shape than expected is not read as something that it is not."""
-    with Nfset() as sets, pytest.raises(KernelError, match=r"read the elements of m .*: not elements with keys of 16"):
-        sets.elements("t", "m", 16, valued=True)
+# --- what a reader knows ---------------------------------------------------------------------------------------------
+
+LARGE = Addresses.of(Family.IPV4, range(10 << 24, (10 << 24) + MANY))
 
 
-def test_fill_twice(two: Host) -> None:
-    """To fill in what is there already is an error that names the set, not a silent success."""
-    with Nfset() as sets, pytest.raises(StaleError, match="fill m in nft table inet t: an element is there already"):
-        sets.fill("t", "m", HELD)
+@pytest.fixture
+def large(netns: Host) -> Host:
+    """An empty set with room for many."""
+    netns.nft("add table inet t\nadd set inet t s { type ipv4_addr; }\n")
+    return netns
+
+
+def elements(nfnl: Nfnl) -> Sequence[tuple[str, str]]:
+    table = nfnl.table("t")
+    assert table
+    (found,) = table.sets
+    return found.elements
+
+
+def test_what_was_changed_is_known(large: Host) -> None:
+    """A reader who was told of changes says what a reader says who wasn't."""
+    one, other = (Addresses.of(Family.IPV4, [number]) for number in (10 << 24, 11 << 24))
+    with Nfset() as sets, Nfnl() as told:
+        for each in (change("s", (), LARGE), change("s", one, other), change("s", other, one)):
+            with told.changing("t", [each]):
+                sets.change("t", [each])
+            with Nfnl() as fresh:
+                assert elements(told) == elements(fresh)
+        assert elements(told) == LARGE
+
+
+def test_what_failed_is_read_anew(large: Host) -> None:
+    """After a change that failed on its way as many elements may be there as before, and others."""
+    there, nowhere = (Addresses.of(Family.IPV4, [number]) for number in (11 << 24, 12 << 24))
+    with Nfset() as sets, Nfnl() as told:
+        sets.change("t", [change("s", (), LARGE)])
+        assert elements(told) == LARGE
+        sets.commit("t", [change("s", LARGE[:1], there)])
+        with pytest.raises(StaleError), told.changing("t", [change("s", LARGE[:1], there)]):
+            sets.change("t", [change("s", nowhere, ())])
+        with Nfnl() as fresh:
+            assert elements(told) == elements(fresh) != LARGE
+
+
+def test_what_nft_loaded_is_read_anew(large: Host) -> None:
+    """Of sets that nft changed nothing is known, though they hold as many elements as before."""
+    with Nfset() as sets, Nfnl() as told:
+        sets.change("t", [change("s", (), LARGE)])
+        assert elements(told) == LARGE
+        text = "delete element inet t s { 10.0.0.0 }\nadd element inet t s { 11.0.0.0 }\n"
+        told.loaded("t", text)
+        large.nft(text)
+        assert dict(elements(told)).keys() ^ dict(LARGE).keys() == {"10.0.0.0", "11.0.0.0"}
 
 
 FILL = """
 import os
-from agent.kernel.elements import Elements
-from agent.kernel.nfset import Change, Nfset
-elements = Elements(16, os.urandom(16 * {many}), bytes(4 * {many}))
-with Nfset() as sets:
-    sets.fill("t", "m", elements)
-    assert len(sets.elements("t", "m", 16, valued=True)) == len(elements)
+from agent.kernel.nfnl import Nfnl
+from agent.kernel.nfset import Nfset
+from agent.model import Addresses, ElementChange, Family
+addresses = Addresses.sorted(Family.IPV6, os.urandom(16 * {many}))
+with Nfset() as sets, Nfnl() as nfnl:
+    sets.change("t", [ElementChange("s", "ipv6_addr", (), addresses)])
+    assert nfnl.table("t").sets[0].elements == addresses
 """
 
 
 def test_in_a_user_namespace(netns: Host) -> None:
     """Where the kernel refuses a large buffer, large sets are filled all the same."""
-    script = f"add table inet t\nadd map inet t m {{ type ipv6_addr : mark; size {2 * MANY}; }}\n"
+    script = "add table inet t\nadd set inet t s { type ipv6_addr; }\n"
     load = f"import subprocess\nsubprocess.run(['nft', '-f', '-'], input={script!r}, text=True, check=True)\n"
     done = subprocess.run(
         ["unshare", "-rn", sys.executable, "-c", load + FILL.format(many=MANY)],

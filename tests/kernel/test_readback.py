@@ -84,28 +84,38 @@ def ordered(inventory: str) -> list[str]:
             id="src_valid_mark-cleared",
         ),
         pytest.param(
-            "nft delete element inet idmark sources-ipv4 { 10.9.0.0/24 }",
-            ["+ nft add element inet idmark sources-ipv4 { 10.9.0.0/24 : goto id-inside }"],
+            "nft delete element inet idmark sources-ipv4-24 { 10.9.0.0 }",
+            ["+ nft add element inet idmark sources-ipv4-24 { 10.9.0.0 : goto id-inside }"],
             id="element-deleted",
         ),
         pytest.param(
-            "nft add element inet idmark sources-ipv6 { 2001:db8:99::/48 : goto id-inside }",
-            ["- nft delete element inet idmark sources-ipv6 { 2001:db8:99::/48 }"],
+            "nft add element inet idmark sources-ipv6-64 { 2001:db8:99:: : goto id-inside }",
+            ["- nft delete element inet idmark sources-ipv6-64 { 2001:db8:99:: }"],
             id="element-added",
         ),
         pytest.param(
-            "nft delete element inet idmark sources-ipv4 { 192.0.2.130 }\n"
-            "nft add element inet idmark sources-ipv4 { 192.0.2.130 : goto id-outside }",
+            "nft delete element inet idmark sources-ipv4-32 { 192.0.2.130 }\n"
+            "nft add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-outside }",
             [
-                "- nft delete element inet idmark sources-ipv4 { 192.0.2.130 }",
-                "+ nft add element inet idmark sources-ipv4 { 192.0.2.130 : goto id-inside }",
+                "- nft delete element inet idmark sources-ipv4-32 { 192.0.2.130 }",
+                "+ nft add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-inside }",
             ],
             id="verdict-altered",
         ),
         pytest.param(
-            "nft delete element inet idmark transmit-ipv4 { 0x01000000 . vpn0 }",
-            ['+ nft add element inet idmark transmit-ipv4 { 0x01000000 . "vpn0" : "id-inside-ipv4-transmit" }'],
+            "nft delete element inet idmark diverted-ipv4 { 0x01000000 . wan }",
+            ['+ nft add element inet idmark diverted-ipv4 { 0x01000000 . "wan" : "id-inside-ipv4-diverted" }'],
             id="counter-mapping-deleted",
+        ),
+        pytest.param(
+            "nft delete element inet idmark left { 0x01000000 . vpn0 }",
+            ['+ nft add element inet idmark left { 0x01000000 . "vpn0" : goto left-inside }'],
+            id="goto-by-mark-and-link-deleted",
+        ),
+        pytest.param(
+            "nft delete element inet idmark home-ipv6 { 2001:db8:4::130 . vpn0 }",
+            ['+ nft add element inet idmark home-ipv6 { 2001:db8:4::130 . "vpn0" }'],
+            id="address-and-link-deleted",
         ),
         pytest.param(
             "nft add element inet idmark downstream { eth9 }",
@@ -275,7 +285,8 @@ def test_a_strange_set_is_no_obstacle_to_remove(admin: Admin, definition: str) -
     [
         pytest.param("marks", "", id="set"),
         pytest.param("own-link", "", id="set-of-several-keys"),
-        pytest.param("transmit-ipv4", ' : "id-inside-ipv4-transmit"', id="map-of-counters"),
+        pytest.param("diverted-ipv4", ' : "id-inside-ipv4-diverted"', id="map-of-counters"),
+        pytest.param("sources-ipv4-24", " : goto id-inside", id="map-of-verdicts"),
     ],
 )
 def test_an_element_for_all_others_goes(admin: Admin, name: str, value: str) -> None:
@@ -302,9 +313,7 @@ def test_an_element_for_all_others_goes(admin: Admin, name: str, value: str) -> 
         pytest.param("nft delete chain inet idmark output", id="base-chain-deleted"),
         pytest.param("nft flush chain inet idmark postrouting\nnft delete chain inet idmark postrouting", id="flushed"),
         pytest.param("nft flush table inet idmark", id="table-flushed"),
-        pytest.param(
-            "nft flush chain inet idmark postrouting\nnft delete map inet idmark transmit-ipv4", id="map-deleted"
-        ),
+        pytest.param("nft flush chain inet idmark leaving\nnft delete map inet idmark diverted-ipv4", id="map-deleted"),
         pytest.param("nft add chain inet idmark stranger", id="foreign-chain"),
     ],
 )

@@ -65,11 +65,11 @@ def test_a_forwarded_flow(admin: Admin, far: Host, family: str) -> None:
     lines = out.splitlines()
     assert lines[0] == f"packet 1: {LAN_HOST[family]} -> {WILD[family]}, UDP"
     assert [line for line in lines if line.startswith("packet")] == lines[:1]
-    title = "IPv4" if family == "ipv4" else "IPv6"
+    title = "IPv4 /24" if family == "ipv4" else "IPv6 /64"
     told = "\n".join(lines)
-    assert f'  prerouting  inet idmark prerouting, "{title} source" -> goto id-inside\n' in told
+    assert f'  prerouting  inet idmark prerouting, "{title}" -> goto id-inside\n' in told
     assert '  prerouting  inet idmark id-inside, "fwmark 0x1000000/0x3f000000" -> continue, mark 0x1000000\n' in told
-    assert '  postrouting inet idmark postrouting, "by its own link" -> accept, mark 0x1000000' in told
+    assert '  postrouting inet idmark postrouting, "by its own link" -> goto left-inside, mark 0x1000000' in told
 
 
 def test_what_this_host_sends(admin: Admin) -> None:
@@ -82,7 +82,7 @@ def test_what_this_host_sends(admin: Admin) -> None:
     out, _ = process.communicate(timeout=PATIENCE)
     trace = json.loads(out)["trace"]
     assert {place["packet"] for place in trace} == {1}
-    assert [place["hook"] for place in trace if place["chain"] == "id-inside"][:1] == ["output"]
+    assert [place["hook"] for place in trace if place["chain"] == "id-inside"][:1] == ["postrouting"]  # by its own road
     last = trace[-1]
     assert (last["hook"], last["verdict"], last["mark"]) == ("postrouting", "accept", 0x1000000)
 
@@ -94,7 +94,7 @@ def test_a_misrouted_packet_is_seen_dropped(admin: Admin, far: Host) -> None:
     far.send(WILD["ipv4"], LAN_HOST["ipv4"])
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1  # the kernel's route lookup disagrees, too
-    assert out.splitlines()[-1].startswith('  postrouting inet idmark postrouting, "misrouted')
+    assert out.splitlines()[-1].startswith('  postrouting inet idmark leaving, "misrouted')
     assert " -> drop, mark 0x1000000" in out.splitlines()[-1]
 
 

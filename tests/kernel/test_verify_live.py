@@ -48,8 +48,12 @@ def test_what_is_in_force_is_proved(admin: Admin, policy: str) -> None:
     [
         pytest.param("nft flush ruleset", "the nft table", id="no-table"),
         pytest.param("nft delete rule inet idmark postrouting handle LAST", "chain postrouting", id="a-rule-less"),
-        pytest.param("nft add element inet idmark own-link { 0x01000000 . wan }", "leaving by wan", id="an-element"),
-        pytest.param("nft flush map inet idmark sources-ipv4", "fwmark", id="no-sources"),
+        pytest.param(
+            "nft add element inet idmark left { 0x01000000 . wan : goto left-inside }",
+            "leaving by wan",
+            id="an-element",
+        ),
+        pytest.param("nft flush map inet idmark sources-ipv4-24", "fwmark", id="no-sources"),
         pytest.param("ip rule add priority 100 from 192.0.2.130 lookup main", "priority 100", id="a-foreign-rule"),
         pytest.param("ip rule delete priority 4001 fwmark 0x1000000/0x3f000000", "table 254", id="a-rule-of-ours"),
         pytest.param("ip route add 198.51.100.0/24 dev wan table 4001", "dev wan", id="a-foreign-route"),

@@ -77,7 +77,8 @@ def test_check_bad(idmark: Idmark) -> None:
     assert idmark("check") == (
         2,
         "",
-        "policy.toml:3: identity.inside.id: 64 does not fit mask 0x3f000000 (1..63)\n"
+        "policy.toml:3: identity.inside.id: 64 does not fit mask 0x3f000000 (1..63): "
+        "kernel.mark_mask = 0x3f800000 would do\n"
         'policy.toml:14: identity.outside.linc: unknown key; did you mean "link"?\n',
     )
 
@@ -102,7 +103,7 @@ def test_check_json_bad(idmark: Idmark) -> None:
                 "file": "policy.toml",
                 "line": 3,
                 "path": "identity.inside.id",
-                "message": "64 does not fit mask 0x3f000000 (1..63)",
+                "message": "64 does not fit mask 0x3f000000 (1..63): kernel.mark_mask = 0x3f800000 would do",
             }
         ],
         "warnings": [],

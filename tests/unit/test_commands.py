@@ -11,9 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import ruleset
-from agent.commands import FEW, element_changes, render, transaction
+from agent.commands import FEW, difference, element_changes, render, transaction
 from agent.desired import desire
-from agent.model import Chain, Facts, Family, Hook, Identity, Kernel, NftSet, Statement, Table
+from agent.model import (
+    Addresses,
+    Chain,
+    ElementChange,
+    Facts,
+    Family,
+    Hook,
+    Identity,
+    Kernel,
+    NftSet,
+    Statement,
+    Table,
+)
 from agent.ruleset import COUNTS
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, hosts, policies, policy, read_back
 
@@ -40,7 +52,7 @@ tables = st.builds(desire, policies(), hosts() | st.none()).map(ruleset.table)
 def test_declared_before_used() -> None:
     """In the rendered file chains stand before the elements that go there, and what is flushed is declared."""
     text = render(table_of())
-    assert text.index("chain id-inside { }") < text.index("map sources-ipv4 {") < text.index("goto id-inside")
+    assert text.index("chain id-inside { }") < text.index("map sources-ipv4-24 {") < text.index("goto id-inside")
     for name in re.findall(r"^flush (?:map|set) inet idmark (.+)$", text, re.MULTILINE):
         assert re.search(rf"^    (?:map|set) {name} {{ type", text[: text.index("flush table")], re.MULTILINE)
 
@@ -149,25 +161,24 @@ def without(table: Table, chain: str) -> Table:
     ("have", "commands"),
     [
         pytest.param(
-            [("10.9.0.0/24", "goto id-inside"), ("192.0.2.130", "goto id-inside")],
-            ["add element inet idmark sources-ipv4 { 203.0.113.2 : goto id-outside }"],
+            [("192.0.2.130", "goto id-inside")],
+            ["add element inet idmark sources-ipv4-32 { 203.0.113.2 : goto id-outside }"],
             id="one-missing",
         ),
         pytest.param(
             [
-                ("10.9.0.0/24", "goto id-inside"),
-                ("10.10.0.0/24", "goto id-inside"),
+                ("192.0.2.129", "goto id-inside"),
                 ("192.0.2.130", "goto id-inside"),
                 ("203.0.113.2", "goto id-outside"),
             ],
-            ["delete element inet idmark sources-ipv4 { 10.10.0.0/24 }"],
+            ["delete element inet idmark sources-ipv4-32 { 192.0.2.129 }"],
             id="one-too-many",
         ),
         pytest.param(
-            [("10.9.0.0/24", "goto id-outside"), ("192.0.2.130", "goto id-inside"), ("203.0.113.2", "goto id-outside")],
+            [("192.0.2.130", "goto id-outside"), ("203.0.113.2", "goto id-outside")],
             [
-                "delete element inet idmark sources-ipv4 { 10.9.0.0/24 }",
-                "add element inet idmark sources-ipv4 { 10.9.0.0/24 : goto id-inside }",
+                "delete element inet idmark sources-ipv4-32 { 192.0.2.130 }",
+                "add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-inside }",
             ],
             id="another-verdict",
         ),
@@ -176,7 +187,7 @@ def without(table: Table, chain: str) -> Table:
 def test_element_differences(have: list[tuple[str, str]], commands: list[str]) -> None:
     """Only the elements that differ are sent; one with another verdict is deleted first, or nft says "File exists"."""
     wanted = table_of()
-    present = changed(read_back(wanted), "sources-ipv4", elements=tuple(have))
+    present = changed(read_back(wanted), "sources-ipv4-32", elements=tuple(have))
     assert list(transaction(wanted, present)) == commands
 
 
@@ -190,9 +201,9 @@ def test_element_differences(have: list[tuple[str, str]], commands: list[str]) -
 def test_many_deletions(gone: int, verbs: list[str]) -> None:
     """nft looks for each element that is deleted from the start: many are flushed away, and the rest put in anew."""
     wanted = table_of()
-    (now,) = (item for item in wanted.sets if item.name == "sources-ipv4")
-    more = tuple((f"10.10.{number}.0/24", "goto id-inside") for number in range(gone))
-    commands = transaction(wanted, changed(read_back(wanted), "sources-ipv4", elements=(*now.elements, *more)))
+    (now,) = (item for item in wanted.sets if item.name == "sources-ipv4-32")
+    more = tuple((f"10.10.0.{number}", "goto id-inside") for number in range(gone))
+    commands = transaction(wanted, changed(read_back(wanted), "sources-ipv4-32", elements=(*now.elements, *more)))
     assert sorts(commands) == verbs
 
 
@@ -221,6 +232,26 @@ def test_element_changes_get_there(want: dict[str, str], have: dict[str, str]) -
             for key, _, value in (item.partition(" : ") for item in items):
                 assert now.setdefault(key, value) is value
     assert now == want
+
+
+few_addresses = st.sets(st.integers(0, 20)).map(lambda values: Addresses.of(Family.IPV4, values))
+
+
+@given(few_addresses, few_addresses)
+def test_difference_of_addresses(want: Addresses, have: Addresses) -> None:
+    """Of packed addresses exactly those go that are too many, and those come that are missing; and stay packed."""
+    wanted = NftSet("s", "ipv4_addr", elements=want)
+    change = difference(wanted, replace(wanted, elements=have))
+    assert set(change.gone) == set(have) - set(want)
+    assert set(change.new) == set(want) - set(have)
+    assert all(isinstance(part, Addresses) or not part for part in (change.gone, change.new))
+
+
+def test_difference_of_what_is_no_address() -> None:
+    """Where somebody put an element for all others among addresses, it goes, and the addresses stay."""
+    wanted = NftSet("s", "ipv4_addr", elements=Addresses.of(Family.IPV4, [1, 2]))
+    present = replace(wanted, elements=(("*", ""), ("0.0.0.2", ""), ("0.0.0.1", "")))
+    assert difference(wanted, present) == ElementChange("s", "ipv4_addr", (("*", ""),), ())
 
 
 def test_hook_changed() -> None:
@@ -301,16 +332,16 @@ def test_chain_missing() -> None:
     wanted = table_of()
     commands = transaction(wanted, without(read_back(wanted), "postrouting"))
     assert "add chain inet idmark postrouting { type filter hook postrouting priority 300; policy accept; }" in commands
-    assert 'add rule inet idmark postrouting oifname "lo" accept comment "never leaves this host"' in commands
+    assert 'add rule inet idmark postrouting goto leaving comment "not plainly on its own road"' in commands
 
 
 def test_set_missing() -> None:
     """A set that somebody deleted, rules and all, comes back with its elements."""
     wanted = table_of()
-    present = replace(read_back(wanted), sets=tuple(item for item in wanted.sets if item.name != "sources-ipv4"))
+    present = replace(read_back(wanted), sets=tuple(item for item in wanted.sets if item.name != "sources-ipv4-32"))
     commands = transaction(wanted, present)
-    assert commands[0] == "add map inet idmark sources-ipv4 { type ipv4_addr : verdict; flags interval; }"
-    assert commands[1].startswith("add element inet idmark sources-ipv4 { 10.9.0.0/24 : goto id-inside,")
+    assert commands[0] == "add map inet idmark sources-ipv4-32 { type ipv4_addr : verdict; size 8192; }"
+    assert commands[1].startswith("add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-inside,")
 
 
 def edited(table: Table, name: str, *rules: Statement) -> Table:
@@ -336,7 +367,7 @@ EDITS: dict[str, Edit] = {
     ("name", "edit"),
     [
         pytest.param(name, edit, id=f"{name}-{words}")
-        for name, rules in {"digest": 1, "id-inside": 1, "arriving": 5, "prerouting": 6, "postrouting": 10}.items()
+        for name, rules in {"digest": 1, "id-inside": 1, "arriving": 3, "prerouting": 5, "leaving": 9}.items()
         for words, edit in EDITS.items()
         if rules > 1 or words != "other-order"
     ],

@@ -143,4 +143,4 @@ def test_intervals(made: tuple[Family, tuple[Span, ...]], merged: bool, order: r
     if 0 not in firsts:
         edges.append((bytes(size), True, ""))  # libnftables ends an interval there that never began
     order.shuffle(edges)
-    assert list(nfnl._intervals(iter(edges), [f"{family}_addr"])) == [(str(span), span.identity) for span in intervals]
+    assert list(nfnl._intervals(iter(edges), family)) == [(str(span), span.identity) for span in intervals]

@@ -1,8 +1,8 @@
-"""A change of sets becomes one batch of messages, each as long as netlink allows and no longer."""
+"""A change of sets becomes batches of messages, each as long as netlink allows and no longer; many become some."""
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -10,75 +10,191 @@ from hypothesis import strategies as st
 
 from agent.kernel import nfset
 from agent.kernel.attributes import attributes, text
-from agent.kernel.elements import Elements, unpack
+from agent.kernel.elements import pack, unpack
 from agent.kernel.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message
-from agent.kernel.nfset import Change, following, transaction
+from agent.kernel.nfset import portions, transaction
+from agent.model import Addresses, ElementChange, Family
 
-NONE = Elements(4)
+NONE = Addresses(Family.IPV4)
 DELETE, NEW = 0xA0E, 0xA0C
 ADD_FLAGS = NLM_F_CREATE | NLM_F_EXCL
 
 
-def keys(first: int, count: int) -> bytes:
+def ipv4(first: int, count: int) -> Addresses:
     """That many addresses from 10.0.0.FIRST on."""
-    return struct.pack(f">{count}I", *range(0x0A000000 + first, 0x0A000000 + first + count))
+    return Addresses.of(Family.IPV4, range(0x0A000000 + first, 0x0A000000 + first + count))
 
 
-def content(message: Message, *, valued: bool) -> tuple[int, str, str, Elements]:
-    """What a message with IPv4 elements says: type, table, set, elements."""
+def change(name: str, gone: Sequence[tuple[str, str]], new: Sequence[tuple[str, str]]) -> ElementChange:
+    return ElementChange(name, "ipv4_addr", gone, new)
+
+
+def content(message: Message) -> tuple[int, str, str, bytes]:
+    """What a message with elements says: type, table, set, elements."""
     found = attributes(message.body[4:])
-    return message.kind, text(found[1]), text(found[2]), unpack(found[3], 4, valued=valued)
+    return message.kind, text(found[1]), text(found[2]), found[3]
 
 
 def test_order() -> None:
     """Between the batch's ends everything goes before anything comes, of whatever set, and the last is answered."""
-    marked = Elements(4, keys(1, 2), b"\1\0\0\0\2\0\0\0")
-    changes = [Change("first", Elements(4, keys(0, 2)), marked), Change("second", NONE, Elements(4, keys(9, 1)))]
-    changes.append(Change("third", Elements(4, keys(7, 1)), NONE))
+    marked = (("10.0.0.1", "goto id-a"), ("10.0.0.2", "goto id-b"))
+    changes = [change("first", (("10.0.0.0", "goto id-b"), marked[0]), marked), change("second", NONE, ipv4(9, 1))]
+    changes.append(change("third", ipv4(7, 1), NONE))
     begin, *messages, end = transaction("idmark", changes)
     assert begin == Message(16, 0, b"\0\0\0\x0a")
     assert end == Message(17, 0, b"\0\0\0\x0a")
     assert [message.flags for message in messages] == [0, 0, ADD_FLAGS, ADD_FLAGS | NLM_F_ACK]
-    assert [content(message, valued=place == 2) for place, message in enumerate(messages)] == [
-        (DELETE, "idmark", "first", Elements(4, keys(0, 2))),
-        (DELETE, "idmark", "third", Elements(4, keys(7, 1))),
-        (NEW, "idmark", "first", marked),
-        (NEW, "idmark", "second", Elements(4, keys(9, 1))),
+    # A delete names the key alone: that is enough, and what is said besides would have to be right.
+    assert [content(message) for message in messages] == [
+        (DELETE, "idmark", "first", pack(ipv4(0, 2), "ipv4_addr")),
+        (DELETE, "idmark", "third", pack(ipv4(7, 1), "ipv4_addr")),
+        (NEW, "idmark", "first", pack(marked, "ipv4_addr")),
+        (NEW, "idmark", "second", pack(ipv4(9, 1), "ipv4_addr")),
     ]
 
 
 @pytest.mark.parametrize("generation", [1, 0x01020304])
 def test_generation(generation: int) -> None:
     """The generation that a change is made for stands in the batch's beginning, big-endian."""
-    begin = transaction("idmark", [Change("m", Elements(4, keys(0, 1)), NONE)], generation)[0]
+    begin = transaction("idmark", [change("m", ipv4(0, 1), NONE)], generation)[0]
     assert attributes(begin.body[4:]) == {1: generation.to_bytes(4, "big")}
 
 
 def test_nothing() -> None:
     """Without a change there is no batch."""
-    assert transaction("idmark", [], 7) == transaction("idmark", [Change("m", NONE, NONE)], 7) == []
+    assert transaction("idmark", [], 7) == transaction("idmark", [change("m", NONE, NONE)], 7) == []
 
 
-@given(st.integers(0, 10_000), st.sampled_from([4, 16]), st.booleans())
-def test_lengths(count: int, key_bytes: int, valued: bool) -> None:
-    """Every element is in one message, in order; the length of a list fits an attribute's 16 bits; all are aligned."""
-    elements = Elements(key_bytes, bytes(range(256)) * (count * key_bytes // 256 + 1), b"")
-    elements = Elements(key_bytes, elements.keys[: count * key_bytes], bytes(4 * count) if valued else b"")
-    messages = transaction("idmark", [Change("m", NONE, elements)])[1:-1]
-    lists = [attributes(message.body[4:])[3] for message in messages]
-    assert all(
-        len(data) <= 0xFFFF - 4 and len(message.body) % 4 == 0 for data, message in zip(lists, messages, strict=True)
-    )
-    assert b"".join(unpack(data, key_bytes, valued=valued).keys for data in lists) == elements.keys
+@given(st.integers(0, 10_000), st.sampled_from(Family))
+def test_lengths(count: int, family: Family) -> None:
+    """Every address is in one message, in order; the length of a list fits an attribute's 16 bits; all are aligned."""
+    whole = Addresses.of(family, range(count))
+    messages = transaction("idmark", [ElementChange("m", f"{family}_addr", (), whole)])[1:-1]
+    lists = [content(message)[3] for message in messages]
+    assert all(len(data) <= 0xFFFF - 4 for data in lists)
+    assert all(len(message.body) % 4 == 0 for message in messages)
+    assert b"".join(unpack(data, family).packed for data in lists) == whole.packed
 
 
-def test_following() -> None:
-    """A generation is followed by the next number; behind the last one of 32 bits comes 1, for 0 is none."""
-    assert (following(1), following(0xFFFFFFFE), following(0xFFFFFFFF)) == (2, 0xFFFFFFFF, 1)
+LONGEST = ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe", "goto id-" + "z" * 31)
+COUNTER = ('0x01000000 . "fifteen-letters"', f'"id-{"z" * 31}-ipv6-misrouted-dropped"')
+
+
+@pytest.mark.parametrize(
+    ("key", "element"),
+    [
+        pytest.param("ipv6_addr", LONGEST, id="verdict"),
+        pytest.param("mark . ifname", COUNTER, id="counter"),
+        pytest.param("ipv6_addr . ifname", (f'{LONGEST[0]} . "fifteen-letters"', ""), id="address-and-link"),
+    ],
+)
+def test_lengths_of_others(key: str, element: tuple[str, str]) -> None:
+    """The longest elements of each kind fit into the room that is kept for one, so any number fits into messages."""
+    assert len(pack([element], key)) <= nfset.ELEMENT_ROOM
+    messages = transaction("idmark", [ElementChange("m", key, (), (element,) * 1000)])[1:-1]
+    lists = [content(message)[3] for message in messages]
+    assert all(len(data) <= 0xFFFF - 4 for data in lists)
+    assert b"".join(lists) == pack([element] * 1000, key)
 
 
 def test_frame() -> None:
     """A batch with the longest names and the most elements of a transaction has less besides them than is kept free."""
-    elements = Elements(16, bytes(16 * nfset.TRANSACTION), bytes(4 * nfset.TRANSACTION))
-    messages = transaction("t" * 255, [Change("m" * 255, NONE, elements)], 7)
-    assert sum(16 + len(message.body) for message in messages) <= 40 * nfset.TRANSACTION + nfset.FRAME_ROOM
+    count = nfset.TRANSACTION
+    messages = transaction("t" * 255, [ElementChange("m" * 255, "ipv6_addr", (), (LONGEST,) * count)], 7)
+    assert sum(16 + len(message.body) for message in messages) <= nfset.ELEMENT_ROOM * count + nfset.FRAME_ROOM
+
+
+# --- many changes ----------------------------------------------------------------------------------------------------
+
+#: An address has three bits here, and a layer cuts some off; sets hold what is left, as addresses from 10.0.0.0 on.
+BITS = 3
+#: Which sets are asked, in order: by so many bits, and whose sources a set holds; "" for a map, which says itself.
+MAPS = (("m3", 3, ""), ("m2", 2, ""), ("m1", 1, ""), ("m0", 0, ""))
+SETS = tuple((f"{name}{bits}", bits, name) for bits in (3, 2, 1, 0) for name in "abc")
+#: What sets hold: keys and values.
+Held = dict[str, dict[str, str]]
+#: Who has which networks: (address, bits) → name.
+Owned = dict[tuple[int, int], str]
+networks = st.tuples(st.integers(0, 7), st.integers(0, BITS)).map(
+    lambda network: (network[0] >> BITS - network[1] << BITS - network[1], network[1])
+)
+owned = st.dictionaries(networks, st.sampled_from("abc"), max_size=12)
+
+
+def key(address: int) -> str:
+    return f"10.0.0.{address}"
+
+
+def held(owned: Owned, layers: Sequence[tuple[str, int, str]]) -> Held:
+    """The sets of the layers, when these own what they do."""
+    return {
+        name: {
+            key(address): "" if whose else f"goto id-{owner}"
+            for (address, length), owner in owned.items()
+            if length == bits and whose in {"", owner}
+        }
+        for name, bits, whose in layers
+    }
+
+
+def owner(address: int, sets: Held, layers: Sequence[tuple[str, int, str]]) -> str:
+    """The first that knows an address; "": nobody."""
+    for name, bits, whose in layers:
+        value = sets[name].get(key(address >> BITS - bits << BITS - bits))
+        if value is not None:
+            return whose or value.removeprefix("goto id-")
+    return ""
+
+
+def differences(before: Held, after: Held) -> list[ElementChange]:
+    """In the layers' order; addresses packed, as those of sets are."""
+    changes = []
+    for name in before:
+        gone = [(key, value) for key, value in before[name].items() if after[name].get(key) != value]
+        new = [(key, value) for key, value in after[name].items() if before[name].get(key) != value]
+        if name[0] != "m":
+            gone, new = (_packed(pairs) for pairs in (gone, new))  # type: ignore[assignment]
+        changes.append(change(name, gone, new))
+    return changes
+
+
+def _packed(pairs: Sequence[tuple[str, str]]) -> Addresses:
+    return Addresses.of(Family.IPV4, (0x0A000000 + int(key.rpartition(".")[2]) for key, _ in pairs))
+
+
+@given(owned, owned, st.sampled_from([MAPS, SETS]), st.integers(1, 30))
+def test_portions(before: Owned, after: Owned, layers: Sequence[tuple[str, int, str]], size: int) -> None:
+    """However many transactions a change is made in, each is small, all are legal, and they get there.
+
+    At every moment each address is whose it was before, or whose it will be afterwards.
+    """
+    sets, wanted = held(before, layers), held(after, layers)
+    for part in portions(differences(sets, wanted), size):
+        # An old value goes with its new one, so that two is the least.
+        assert sum(len(each.gone) + len(each.new) for each in part) <= max(2, size)
+        for each in part:
+            for key, value in each.gone:
+                assert sets[each.set].pop(key) == value
+        for each in part:
+            for key, value in each.new:
+                assert sets[each.set].setdefault(key, value) is value
+        for address in range(1 << BITS):
+            expected = {owner(address, held(state, layers), layers) for state in (before, after)}
+            assert owner(address, sets, layers) in expected
+    assert sets == wanted
+
+
+def test_few_are_two() -> None:
+    """What fits is one transaction for what comes, of all sets, and one for what goes."""
+    changes = [change("a", ipv4(0, 3), ipv4(9, 2)), change("b", NONE, ipv4(0, 3))]
+    coming, going = portions(changes, 8)
+    assert [(each.set, len(each.gone), len(each.new)) for each in coming] == [("a", 0, 2), ("b", 0, 3)]
+    assert [(each.set, len(each.gone), len(each.new)) for each in going] == [("a", 3, 0)]
+    assert len(list(portions(changes, 4))) == 3
+
+
+def test_addresses_stay_packed() -> None:
+    """Portions of packed addresses are packed too: there is no Python object for each."""
+    for part in portions([change("a", ipv4(0, 30), ipv4(90, 30))], 8):
+        assert all(isinstance(each.new, Addresses) or not each.new for each in part)
+        assert all(isinstance(each.gone, Addresses) or not each.gone for each in part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,28 +11,35 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent import ruleset
-from agent.commands import transaction
+from agent.commands import declaration, render
 from agent.desired import Desired, desire, detours
+from agent.layers import MANY
 from agent.model import (
     GOTO,
     LOOKUP,
     METRIC_LAST,
     NOP,
     UNREACHABLE,
+    Addresses,
+    ElementChange,
     Facts,
     Family,
     Fwmark,
     Kernel,
+    NftSet,
     Policy,
     Prefix,
     Route,
     Rule,
     Statement,
+    Table,
+    parse_address,
 )
 from agent.plan import (
     FORMER,
     AddRoute,
     AddRule,
+    Change,
     DeleteRoute,
     DeleteRule,
     Load,
@@ -95,8 +102,37 @@ def taken(step: Step, now: Observed, wanted: Desired | None) -> Observed:
                 src_valid_mark=change(now.src_valid_mark, {link}),
                 src_valid_mark_ours=change(now.src_valid_mark_ours, {link}),
             )
+        case Change(name, changes):
+            assert now.table, f"ENOENT: table {name}"
+            assert now.table.name == name
+            return replace(now, table=_changed(now.table, changes))
         case Load(name, commands):
             return _loaded(name, commands, now, wanted)
+
+
+def _changed(table: Table, changes: Sequence[ElementChange]) -> Table:
+    """The table with other elements, as one transaction makes it: what goes before what comes."""
+    held = {item.name: dict(item.elements) for item in table.sets}
+    targets = {f"goto {chain.name}" for chain in table.chains} | {f'"{name}"' for name in table.counters} | {""}
+    for change in changes:
+        for key, _ in change.gone:
+            del held[change.set][key]
+    for change in changes:
+        for key, value in change.new:
+            assert held[change.set].setdefault(key, value) is value, f"EEXIST: {key} in {change.set}"
+            assert value in targets, f"ENOENT: {value}"
+    changed = {change.set: change.key for change in changes}
+    sets = []
+    for item in table.sets:
+        elements = item.elements
+        if item.name in changed:
+            assert (item.key, item.interval) == (changed[item.name], False)
+            elements = tuple(held[item.name].items())
+            if not item.value and item.key in {f"{family}_addr" for family in Family}:
+                addresses = (int(parse_address(key)) for key, _ in elements)
+                elements = Addresses.of(Family(item.key.removesuffix("_addr")), addresses)
+        sets.append(replace(item, elements=elements))
+    return replace(table, sets=tuple(sets))
 
 
 def _loaded(name: str, commands: tuple[str, ...], now: Observed, wanted: Desired | None) -> Observed:
@@ -108,25 +144,74 @@ def _loaded(name: str, commands: tuple[str, ...], now: Observed, wanted: Desired
     if commands == (f"add table inet {name}",):
         assert now.table, f"nothing to wake: table {name}"
         return replace(now, table=replace(now.table, dormant=False))
-    if all(command.startswith("insert rule ") for command in commands):
-        assert now.table, f"ENOENT: table {name}"
-        assert now.table.name == name
-        inserted = [_inserted(command) for command in commands[::-1]]
-        chains = (
-            replace(each, rules=(*(rule for chain, rule in inserted if chain == each.name), *each.rules))
-            for each in now.table.chains
-        )
-        return replace(now, table=replace(now.table, chains=tuple(chains)))
-    assert wanted
-    assert name == wanted.policy.kernel.nft_table
-    made = ruleset.table(wanted)
-    assert commands in {transaction(made, now.table), transaction(made, now.table, rules_anew=True)}
-    return replace(now, table=read_back(made))
+    if wanted and commands == (render(ruleset.table(wanted)),):
+        assert now.table is None
+        return replace(now, table=read_back(ruleset.table(wanted)))
+    table = now.table
+    for command in commands:
+        if table is None:
+            assert command == f"add table inet {name}", f"ENOENT: table {name}"
+            table = Table(name)
+        assert table.name == name
+        table = _commanded(table, command, ruleset.table(wanted) if wanted else table)
+    return replace(now, table=table)
 
 
-def _inserted(command: str) -> tuple[str, Statement]:
-    """The chain that a rule is inserted into, and the rule as it is read back."""
-    return command.split()[4], Statement("", command.rpartition(" comment ")[2].strip('"'))
+def _commanded(  # noqa: PLR0912 - a case for each command
+    table: Table, command: str, wanted: Table
+) -> Table:
+    """The table after one command; sets and hooks are made as they are wanted."""
+    verb, kind, _, _, *rest = command.split(" ")
+    chains = {chain.name: chain for chain in table.chains}
+    sets = {item.name: item for item in table.sets}
+    counters = dict.fromkeys(table.counters)
+    (what, *_) = [*rest, ""]
+    match (verb, kind):
+        case ("add", "table"):
+            pass
+        case ("flush", "table"):
+            chains = {key: replace(chain, rules=()) for key, chain in chains.items()}
+        case ("flush", "set" | "map"):
+            sets[what] = replace(sets[what], elements=())
+        case ("add", "counter"):
+            counters[what] = None
+        case ("delete", "counter"):
+            del counters[what]
+            assert not any(value == f'"{what}"' for item in sets.values() for _, value in item.elements), "EBUSY"
+        case ("add", "chain"):
+            assert what not in chains, f"EEXIST: {what}"
+            (chain,) = (chain for chain in wanted.chains if chain.name == what)
+            chains[what] = replace(chain, rules=(), about=())
+        case ("delete", "chain"):
+            del chains[what]
+            assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"
+        case ("add", "set" | "map"):
+            assert what not in sets, f"EEXIST: {what}"
+            (made,) = (item for item in wanted.sets if declaration(table.name, item) == command)
+            sets[what] = replace(made, elements=(), about=(), pending=())
+        case ("delete", "set" | "map"):
+            del sets[what]
+        case ("add" | "delete", "element"):
+            words = command.partition(" { ")[2].removesuffix(" }").split(", ")
+            pairs = tuple((key, value) for key, _, value in (word.partition(" : ") for word in words))
+            gone, new = ((), pairs) if verb == "add" else (pairs, ())
+            interval, key = sets[what].interval, sets[what].key
+            sets[what] = replace(sets[what], interval=False)
+            changed = _changed(replace(table, sets=tuple(sets.values())), [ElementChange(what, key, gone, new)])
+            sets = {item.name: item for item in changed.sets}
+            sets[what] = replace(sets[what], interval=interval)
+        case ("add", "rule"):
+            chains[what] = replace(chains[what], rules=(*chains[what].rules, _rule(command)))
+        case ("insert", "rule"):
+            chains[what] = replace(chains[what], rules=(_rule(command), *chains[what].rules))
+        case _:
+            raise AssertionError(f"no command of ours: {command}")
+    return replace(table, chains=tuple(chains.values()), sets=tuple(sets.values()), counters=tuple(counters))
+
+
+def _rule(command: str) -> Statement:
+    """A rule of a command as it is read back."""
+    return Statement("", command.rpartition(" comment ")[2].strip('"'))
 
 
 def states(steps: Plan, now: Observed, wanted: Desired | None) -> Iterator[Observed]:
@@ -213,7 +298,7 @@ def test_foreign_things_survive(case: Case) -> None:
                 assert rule not in case.wanted.rules or case.observed.rules.count(rule) > 1
             case SetSrcValidMark(link, on):
                 assert link in (case.wanted.src_valid_mark if on else case.observed.src_valid_mark_ours)
-            case Load(table, _):
+            case Load(table, _) | Change(table, _):
                 assert table in ours
 
 
@@ -245,9 +330,11 @@ def place(step: Step) -> float:
             return 1
         case AddRule(rule):
             return 5.7 if is_guard(rule) else 2
-        case Load(_, commands):
+        case Load(name, commands):
             # What wakes a table, or closes an identity for a while, comes before roads are touched.
-            return 0 if commands[0].startswith(("insert rule ", "add table ")) else 3
+            return 0 if commands[0].startswith("insert rule ") or commands == (f"add table inet {name}",) else 3
+        case Change():
+            return 3
         case DeleteRule(rule):
             return 0.5 if is_guard(rule) else 4
         case DeleteRoute():
@@ -414,12 +501,22 @@ def _closed_for_a_while(now: Observed, mark: Fwmark) -> bool:
 
 def _in_force(now: Observed, before: Desired | None, wanted: Desired | None) -> Iterator[Desired]:
     """Whose rulesets are loaded: the one before's until the other is there, or its table deleted."""
-    if now.table and wanted and now.table == read_back(ruleset.table(wanted)):
+    if now.table and wanted and _holds(now.table, ruleset.table(wanted)):
         yield wanted
     elif now.table and before:
         yield before
     if now.other_tables and before:
         yield before
+
+
+def _holds(table: Table, wanted: Table) -> bool:
+    """Whether the rules are those wanted, and what is said of marks; addresses may come and go before and after."""
+    held = {item.name: set(item.elements) for item in table.sets}
+    said = [item for item in wanted.sets if item.key not in {f"{family}_addr" for family in Family}]
+    rules = {chain.name: [rule.comment for rule in chain.rules] for chain in table.chains}
+    return all(set(item.elements) <= held.get(item.name, set()) for item in said) and all(
+        rules.get(chain.name) == [rule.comment for rule in chain.rules] for chain in wanted.chains
+    )
 
 
 def _seen_by(desired: Desired | None, now: Observed) -> Observed:
@@ -468,7 +565,7 @@ def test_taken_back(case: Case) -> None:
     now = case.observed
     undo: list[Step] = []
     for step in plan(case.wanted, case.observed).steps:
-        if not isinstance(step, Load | SetSrcValidMark):
+        if not isinstance(step, Load | Change | SetSrcValidMark):
             now = taken(step, now, case.wanted)
             undo.append(step.inverse())
     for step in reversed(undo):
@@ -648,6 +745,148 @@ def test_handover_to_whom_when_down_names() -> None:
 def _diverting(written: Policy) -> Policy:
     outside = replace(written.identity("outside"), when_down="inside")
     return replace(written, identities=(outside, written.identity("inside")))
+
+
+# --- elements --------------------------------------------------------------------------------------------------------
+
+
+def members(count: int, *others: str) -> tuple[Prefix, ...]:
+    """That many addresses from 10.0.0.0 on, and others."""
+    return (*(Prefix(Family.IPV4, (10 << 24) + number, 32) for number in range(count)), *map(Prefix.parse, others))
+
+
+def in_force(desired: Desired) -> Observed:
+    return after(plan(desired, NOTHING), NOTHING, desired)
+
+
+def table_steps(desired: Desired, now: Observed) -> list[Load | Change]:
+    """What a plan does to our table; that it is carried out shows that each step can be."""
+    steps = plan(desired, now)
+    assert plan(desired, after(steps, now, desired)).steps == ()
+    return [step for step in steps.steps if isinstance(step, Load | Change)]
+
+
+def test_elements_alone() -> None:
+    """Where members come and go that no rule knows of, the plan is the change of these elements, without nft."""
+    more = desire(policy(replace(INSIDE, members=members(0, "10.9.0.0/24", "10.8.0.0/24")), OUTSIDE), GATEWAY)
+    assert table_steps(more, IN_FORCE) == [
+        Change("idmark", (ElementChange("sources-ipv4-24", "ipv4_addr", (), (("10.8.0.0", "goto id-inside"),)),))
+    ]
+    (back,) = table_steps(BOTH, in_force(more))
+    assert list(back.lines()) == ["- nft delete element inet idmark sources-ipv4-24 { 10.8.0.0 }"]
+
+
+def test_a_member_moves_at_once() -> None:
+    """A member that another identity gets goes and comes in one change of one map."""
+    one = desire(policy(INSIDE, replace(OUTSIDE, members=members(0, "10.8.0.0/24"))), GATEWAY)
+    two = replace(INSIDE, members=members(0, "10.8.0.0/24", "10.9.0.0/24"))
+    (step,) = table_steps(desire(policy(two, OUTSIDE), GATEWAY), in_force(one))
+    assert list(step.lines()) == [
+        "- nft delete element inet idmark sources-ipv4-24 { 10.8.0.0 }",
+        "+ nft add element inet idmark sources-ipv4-24 { 10.8.0.0 : goto id-inside }",
+    ]
+
+
+def test_an_element_for_all_others_goes_by_nft() -> None:
+    """An element without a key has no key to be deleted by: nft takes it, and no other element."""
+    assert IN_FORCE.table
+    sets = [
+        replace(item, elements=(*item.elements, ("*", ""))) if item.name == "own-link" else item
+        for item in IN_FORCE.table.sets
+    ]
+    steps = table_steps(BOTH, replace(IN_FORCE, table=replace(IN_FORCE.table, sets=tuple(sets))))
+    assert steps == [Load("idmark", ("delete element inet idmark own-link { * }",))]
+
+
+MANY_MEMBERS = desire(policy(replace(INSIDE, members=members(MANY)), OUTSIDE), GATEWAY)
+
+
+def test_many_are_there_before_any_rule_asks() -> None:
+    """Large new sets are declared, filled, and only then asked for by rules: no packet meets half of them."""
+    made, fill, rules = table_steps(MANY_MEMBERS, NOTHING)
+    assert isinstance(made, Load)
+    assert isinstance(fill, Change)
+    assert isinstance(rules, Load)
+    assert made.commands == (
+        "add table inet idmark",
+        "add set inet idmark id-inside-ipv4-32 { type ipv4_addr; }",
+        "add set inet idmark id-outside-ipv4-32 { type ipv4_addr; }",
+    )
+    assert [(change.set, len(change.gone), len(change.new)) for change in fill.changes] == [
+        ("id-inside-ipv4-32", 0, MANY + 1),
+        ("id-outside-ipv4-32", 0, 1),
+    ]
+    assert all(isinstance(change.new, Addresses) for change in fill.changes)
+    assert not [line for line in rules.commands if line.startswith("add element") and "ipv4-32" in line]
+    assert rules.behind == made.commands
+    # The same where a small policy was in force, whose sets go last.
+    assert [type(step) for step in table_steps(MANY_MEMBERS, IN_FORCE)] == [Load, Change, Load, Load]
+
+
+def test_who_is_new_marks_before_anything_goes_there() -> None:
+    """A member that a new identity takes over goes to a chain that marks already: it is never without a mark."""
+    new = identity("new", 3, "vpn1", addresses=[], members=["10.9.0.0/24"])
+    both = desire(policy(replace(INSIDE, members=()), OUTSIDE, new), GATEWAY)
+    for state in states(plan(both, IN_FORCE), IN_FORCE, both):
+        assert state.table
+        chains = {chain.name: chain for chain in state.table.chains}
+        for item in state.table.sets:
+            for _, value in item.elements:
+                assert not value.startswith("goto ") or chains[value.removeprefix("goto ")].rules
+
+
+def test_few_of_many() -> None:
+    """What changes in large sets that are there is all that is sent."""
+    now = in_force(MANY_MEMBERS)
+    fewer = replace(INSIDE, members=members(MANY, "10.9.9.9")[1:])
+    (step,) = table_steps(desire(policy(fewer, OUTSIDE), GATEWAY), now)
+    assert list(step.lines()) == [
+        "- nft delete element inet idmark id-inside-ipv4-32 { 10.0.0.0 }",
+        "+ nft add element inet idmark id-inside-ipv4-32 { 10.9.9.9 }",
+    ]
+
+
+def test_large_sets_that_are_asked_change_around_the_rules() -> None:
+    """Where rules change too, what goes from a set that they ask goes behind them: before them an address that goes
+    over to a new set would be nobody's.
+    """
+    # The first addresses are somebody else's now, as a network of a length that no rule has asked for so far.
+    shorter = replace(OUTSIDE, members=members(0, "10.0.0.0/31"))
+    steps = table_steps(
+        desire(policy(replace(INSIDE, members=members(MANY)[2:]), shorter), GATEWAY), in_force(MANY_MEMBERS)
+    )
+    assert [type(step) for step in steps] == [Load, Change, Load, Change]
+    gone = Addresses.of(Family.IPV4, [10 << 24, (10 << 24) + 1])
+    assert isinstance(steps[3], Change)
+    assert [(change.set, change.gone) for change in steps[3].changes] == [("id-inside-ipv4-32", gone)]
+
+
+def test_what_was_interrupted_is_filled_up() -> None:
+    """A table whose sets are half filled, and which has no chain yet, gets the rest of the elements only."""
+    half = Addresses.of(Family.IPV4, range(10 << 24, (10 << 24) + 1000))
+    table = Table("idmark", sets=(NftSet("id-inside-ipv4-32", "ipv4_addr", elements=half),))
+    steps = table_steps(MANY_MEMBERS, Observed(table=table))
+    assert [type(step) for step in steps] == [Load, Change, Load]
+    assert isinstance(steps[1], Change)
+    assert [len(change.new) for change in steps[1].changes] == [MANY + 1 - 1000, 1]
+
+
+def test_inverse_of_a_change() -> None:
+    """A change that is taken back leaves what was there; what comes back does so in the order in which rules ask."""
+    more = replace(OUTSIDE, members=members(0, "10.8.0.0/24", "10.8.0.1", "10.9.0.5"))
+    one, two = BOTH, desire(policy(INSIDE, more), GATEWAY)
+    two_layers = in_force(desire(policy(INSIDE, replace(more, members=members(0, "10.8.0.0/24", "10.7.0.1"))), GATEWAY))
+    for desired, now in ((one, in_force(two)), (two, IN_FORCE), (two, two_layers)):
+        (step,) = table_steps(desired, now)
+        assert isinstance(step, Change)
+        back = taken(step.inverse(), taken(step, now, desired), None)
+        assert back.table
+        assert now.table
+        assert {s.name: dict(s.elements) for s in back.table.sets} == {s.name: dict(s.elements) for s in now.table.sets}
+        inverse = step.inverse()
+        assert isinstance(inverse, Change)
+        assert [change.set for change in inverse.changes] == [change.set for change in step.changes]
+        assert [change.set for change in step.changes] == ["sources-ipv4-32", "sources-ipv4-24"][: len(step.changes)]
 
 
 def test_load_says_what_it_does() -> None:

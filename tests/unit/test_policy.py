@@ -455,7 +455,12 @@ INSIDE = "policy.toml:5: identity.inside"
         ),
         # ids, tables, priorities, mask
         pytest.param("id = 1", "id = 0", [f"{INSIDE}.id: 0 does not fit mask 0x3f000000 (1..63)"], id="id-zero"),
-        pytest.param("id = 1", "id = 64", [f"{INSIDE}.id: 64 does not fit mask 0x3f000000 (1..63)"], id="id-large"),
+        pytest.param(
+            "id = 1",
+            "id = 64",
+            [f"{INSIDE}.id: 64 does not fit mask 0x3f000000 (1..63): kernel.mark_mask = 0x3f800000 would do"],
+            id="id-large",
+        ),
         pytest.param("id = 1", "id = -1", [f"{INSIDE}.id: -1 does not fit mask 0x3f000000 (1..63)"], id="id-negative"),
         pytest.param(
             "id = 2",
@@ -993,9 +998,11 @@ members = [
         "policy.toml:7: identity.inside.members: 10.0.0.1/24 has host bits set: the network is 10.0.0.0/24",
         "policy.toml:8: identity.inside.members: 10.9.0.0/24 is also a member of identity.inside (line 6)",
         'policy.toml:9: identity.inside.when_down: elsewhere is neither "unreachable", "main" nor an identity',
-        "policy.toml:12: identity.alice.id: 64 does not fit mask 0x3f000000 (1..63)",
+        "policy.toml:12: identity.alice.id: 64 does not fit mask 0x3f000000 (1..63): "
+        "kernel.mark_mask = 0x3f800000 would do",
         "policy.toml:14: identity.alice.addresses: 192.0.2.130 is also an address of identity.inside (line 5)",
-        "policy.toml:17: identity.bob.id: 64 does not fit mask 0x3f000000 (1..63)",
+        "policy.toml:17: identity.bob.id: 64 does not fit mask 0x3f000000 (1..63): "
+        "kernel.mark_mask = 0x3f800000 would do",
         "policy.toml:17: identity.bob.id: 64 is also the id of identity.alice (line 12)",
         "policy.toml:20: identity.bob.members: 10.9.0.0/24 is also a member of identity.inside (line 6)",
         "policy.toml:21: identity.bob.members: lists/nowhere.txt cannot be read: No such file or directory",
@@ -1268,10 +1275,43 @@ def test_schema_requires() -> None:
     assert "required" not in schema()["$defs"]["KernelTable"]
 
 
+@pytest.mark.parametrize(
+    ("words", "nat"),
+    [
+        pytest.param("", None, id="default"),
+        pytest.param('nat = "auto"', None, id="auto"),
+        pytest.param("nat = true", True, id="true"),
+        pytest.param("nat = false", False, id="false"),
+    ],
+)
+def test_nat(write: Write, words: str, nat: bool | None) -> None:
+    """Whether anything translates is said, or left to the host to show; the digest of what says nothing stays."""
+    found = load(write(changed(("enforce = true", f"enforce = true\n{words}"))))
+    assert found.kernel.nat is nat
+    assert (found.digest == load(write()).digest) == (nat is None)
+
+
+@pytest.mark.parametrize("value", ["1", '"no"', "[]", "0"])
+def test_bad_nat(write: Write, value: str) -> None:
+    """Anything but "auto", true and false is refused with these words, a number too."""
+    (fault,) = faults(write(changed(("enforce = true", f"enforce = true\nnat = {value}"))))
+    assert fault.startswith("policy.toml:20: kernel.nat: ")
+    assert fault.endswith('must be "auto", true or false')
+
+
+def test_nat_denied_while_masquerading(write: Write) -> None:
+    """A policy that masquerades and says that nothing translates contradicts itself."""
+    hop = 'next_hop = "none"'
+    (fault,) = faults(write(changed((hop, f"{hop}\nmasquerade = true"), ("enforce = true", "nat = false"))))
+    assert "identity.inside.masquerade: true cannot work: kernel.nat = false says that nothing" in fault
+
+
 def test_schema_has_the_defaults_of_the_values() -> None:
     """The schema's defaults are those of the values that everybody shares."""
     keys = schema()["$defs"]["KernelTable"]["properties"]
-    assert Kernel(**{name: key["default"] for name, key in keys.items()}) == Kernel()
+    defaults = {name: key["default"] for name, key in keys.items()}
+    assert defaults.pop("nat") == "auto"
+    assert Kernel(**defaults) == Kernel()
 
 
 def test_schema_of_words_or_lists() -> None:

@@ -164,10 +164,13 @@ def test_way(sent: Packet, route: str, link: str) -> None:
 
 
 def test_rules_of_both_lookups() -> None:
-    """What this host sends from its own address its rule takes, then the mark's; a member's packet the mark's alone."""
+    """What this host sends from its own address its rule takes and, where that leads off its link, then the mark's;
+    a member's packet the mark's alone.
+    """
     mark = "priority 4001 fwmark 0x1000000/0x3f000000 lookup 4001 protocol 73"
     own = "priority 4001 from 192.0.2.130 lookup 4001 protocol 73"
-    assert said(explained(packet("192.0.2.130", "198.51.100.10")), "rule") == [own, mark]
+    assert said(explained(packet("192.0.2.130", "198.51.100.10")), "rule") == [own]
+    assert said(explained(packet("192.0.2.130", "10.9.0.5")), "rule") == [own, mark]
     assert said(explained(packet("10.9.0.5", "198.51.100.10", "lan")), "rule") == [mark]
 
 
@@ -336,8 +339,8 @@ def test_out(sent: Packet, words: str) -> None:
         pytest.param(
             replace(FOREIGN, source=None, fwmark=Fwmark(0x1000000, 0xFF000000)),
             False,
-            ["priority 100 fwmark 0x1000000/0xff000000 lookup 52"],
-            id="by-our-mark",
+            [],
+            id="by-our-mark-that-it-gets-later",
         ),
         pytest.param(replace(FOREIGN, fwmark=Fwmark(0x80000, 0xFF0000)), False, [], id="by-another-mark"),
         pytest.param(
@@ -354,11 +357,18 @@ def test_foreign_rule(rule: Rule, ours: bool, words: list[str]) -> None:
     assert said(steps, "before it") == [f"a rule of somebody else's: {found}" for found in words]
 
 
+def test_foreign_rule_by_our_mark() -> None:
+    """A foreign rule that looks at our mark takes what has it when its route is looked for."""
+    marked = replace(FOREIGN, source=None, fwmark=Fwmark(0x1000000, 0xFF000000))
+    steps = explained(packet("10.9.0.5", "198.51.100.10", "lan"), rules=[(marked, False)])
+    assert said(steps, "before it") == ["a rule of somebody else's: priority 100 fwmark 0x1000000/0xff000000 lookup 52"]
+
+
 def test_foreign_rule_by_one_bit_of_ours() -> None:
     """A foreign rule that looks at one bit of a mark takes every identity whose mark has it."""
-    desired = desire(policy(identity("third", 3, "vpn0", addresses=["192.0.2.130"])), GATEWAY)
+    desired = desire(policy(identity("third", 3, "vpn0", members=["10.9.0.0/24"])), GATEWAY)
     bit = replace(FOREIGN, source=None, fwmark=Fwmark(0x1000000, 0x1000000))
-    steps = explained(packet("192.0.2.130", "198.51.100.10"), desired, rules=[(bit, False)])
+    steps = explained(packet("10.9.0.5", "198.51.100.10", "lan"), desired, rules=[(bit, False)])
     assert said(steps, "before it") == ["a rule of somebody else's: priority 100 fwmark 0x1000000/0x1000000 lookup 52"]
 
 

@@ -43,7 +43,7 @@ def test_text() -> None:
         "  inside changes, which concerns 10.9.0.0/24, 192.0.2.130 (257 IPv4 addresses)",
         "    when_down: closed -> table main",
     ]
-    assert "-            10.9.7.0/24 : goto id-inside," in lines
+    assert "-            10.9.7.0 : goto id-inside," in lines
 
 
 def test_text_of_nothing() -> None:
@@ -56,7 +56,7 @@ def test_markdown() -> None:
     lines = review.markdown(MOVED).splitlines()
     assert lines[0] == "### `gw1`: 1 identity changes, 1 prefix changes hands"
     assert "- `10.9.7.0/24` (256 IPv4 addresses) moves from inside to outside: leaves by wan, not wg0" in lines
-    text = lines.index("<details><summary>ruleset.nft: 36 lines added, 4 taken away</summary>")
+    text = lines.index("<details><summary>ruleset.nft: 36 lines added, 3 taken away</summary>")
     assert lines[text + 1 : text + 3] == ["", "```diff"]
     assert lines.count("</details>") == 2
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent import artefact, render
+from agent import artefact, layers, render
+from agent import desired as desired_module
 from agent.cut import cut
 from agent.desired import Desired, desire
-from agent.model import Facts, Family, Policy, Prefix
+from agent.model import Facts, Family, Kernel, Policy, Prefix
 from agent.verify import Proof, prove
 from tests.unit.values import DEFAULTS, LAN, LO, VPN, WAN, host, hosts, identity, link, policies, policy
 
@@ -105,6 +109,15 @@ def crowd(count: int) -> tuple[dict[str, str], Desired, Facts]:
 
 KEEP, MASK = "0xc0ffffff", "0x3f000000"
 LAST = "unreachable default table 4001 metric 4294967295"
+BITS_24, BITS_16 = "255.255.255.0", "255.255.0.0"
+ASKED_32 = 'ip saddr vmap @sources-ipv4-32 comment "IPv4 /32"\n'
+ASKED_24 = f'ip saddr & {BITS_24} vmap @sources-ipv4-24 comment "IPv4 /24"\n'
+ASKED_16 = f'ip saddr & {BITS_16} vmap @sources-ipv4-16 comment "IPv4 /16"\n'
+REPLIES = 'ct status dnat ct direction reply goto answering comment "a reply, by what was asked"\n'
+TRANSLATED = 'ct status snat,dnat goto leaving comment "translated: not what it seems"\n'
+WIPED = f'meta mark & {MASK} == 0x00000000 jump unmarked comment "no mark: by the source on the wire"\n'
+FAST = f"meta mark & {MASK} == 0x01000000"
+PLAIN = f'{FAST} oifname "vpn0" goto left-inside comment "by its own link"\n'
 
 # ruff: noqa: E501 - a fault a line, however long
 BROKEN = [
@@ -125,19 +138,40 @@ BROKEN = [
         NFT, f'meta mark set meta mark & {KEEP} comment "it is not', 'meta mark set meta mark & 0xc1ffffff comment "it',
         "fwmark", id="undecided-but-for-a-bit",
     ),
-    pytest.param(NFT, "10.10.7.0/24 : goto id-outside", "10.10.7.0/24 : goto id-inside", "10.10.7", id="wrong-chain"),
-    pytest.param(NFT, "10.9.0.0/24 : goto id-inside,", "10.9.0.0/25 : goto id-inside,", "10.9.0.1", id="half-a-prefix"),
-    pytest.param(NFT, "10.9.0.0/24 : goto id-inside,", "10.9.0.0/23 : goto id-inside,", "10.9.1.", id="two-prefixes"),
-    pytest.param(NFT, "            10.10.7.0/24 : goto id-outside,\n", "", "10.10.7.", id="element-missing"),
-    pytest.param(NFT, "2001:db8:9::/64 : goto id-inside", "2001:db8:9::/64 : goto id-outside", "2001:db8:9:", id="ipv6"),
-    pytest.param(NFT, 'ip6 saddr vmap @sources-ipv6 comment "IPv6 source"\n', "\n", "2001:db8", id="family-forgotten"),
+    pytest.param(NFT, "10.10.7.0 : goto id-outside", "10.10.7.0 : goto id-inside", "10.10.7", id="wrong-chain"),
+    pytest.param(NFT, f"ip saddr & {BITS_24} ", "ip saddr & 255.255.255.128 ", "10.9.0.1", id="half-a-prefix"),
+    pytest.param(NFT, f"ip saddr & {BITS_24} ", "ip saddr & 255.255.254.0 ", "10.9.1.", id="two-prefixes"),
+    pytest.param(NFT, f"ip saddr & {BITS_24} ", "ip saddr ", "10.9.0.", id="mask-missing"),
+    pytest.param(NFT, f"ip saddr & {BITS_24} ", f"ip daddr & {BITS_24} ", "10.9.0.", id="source-by-destination"),
+    pytest.param(NFT, "            10.10.7.0 : goto id-outside,\n", "", "10.10.7.", id="element-missing"),
+    pytest.param(NFT, "10.9.0.0 : goto id-inside", "10.9.0.1 : goto id-inside", "10.9.0.", id="element-that-nothing-equals"),
+    pytest.param(NFT, f"{ASKED_24}        {ASKED_16}", f"{ASKED_16}        {ASKED_24}", "10.10.7.", id="shorter-prefix-first"),
+    pytest.param(NFT, ASKED_16, "\n", "10.10.", id="length-forgotten"),
+    pytest.param(NFT, "2001:db8:9:: : goto id-inside", "2001:db8:9:: : goto id-outside", "2001:db8:9:", id="ipv6"),
     pytest.param(
-        NFT, 'ct status dnat ct direction reply ct original ip daddr vmap @sources-ipv4 comment "IPv4 reply, by what was asked"\n', "\n",
-        "a reply of a connection made to", id="replies-forgotten",
+        NFT, 'ip6 saddr vmap @sources-ipv6-128 comment "IPv6 /128"\n        ip6 saddr & ffff:ffff:ffff:ffff:: vmap @sources-ipv6-64 comment "IPv6 /64"\n', "\n",
+        "2001:db8", id="family-forgotten",
     ),
-    pytest.param(NFT, "ct direction reply ct original ip ", "ct original ip ", None, id="no-direction-is-no-fault"),
-    pytest.param(NFT, "iifname @links jump arriving", "iifname @downstream jump arriving", "arriving on", id="links"),
+    pytest.param(NFT, REPLIES, "\n", "a reply of a connection made to", id="replies-forgotten"),
+    pytest.param(NFT, f"{REPLIES}        ip saddr", "ip saddr", "a reply of a connection made to", id="replies-that-arrive-forgotten"),
+    pytest.param(NFT, f"{REPLIES}        {ASKED_32}", REPLIES, "192.0.2.130", id="length-forgotten-as-it-arrives"),
+    pytest.param(NFT, f"{REPLIES}        meta", "meta", "sent by this host, a reply of", id="replies-that-are-sent-forgotten"),
+    pytest.param(NFT, "ct direction reply goto", "goto", "asked in a connection made to", id="no-direction"),
+    pytest.param(NFT, 'goto source comment "it was', 'continue comment "it was', "a reply of", id="replies-of-nobodys"),
+    pytest.param(NFT, f"ct original ip daddr & {BITS_16} ", f"ct original ip daddr & {BITS_24} ", "a reply of", id="reply-mask"),
+    pytest.param(NFT, 'iifname "vpn0" jump arriving', 'iifname "lan" jump arriving', "arriving on", id="links"),
     pytest.param(NFT, "        ip daddr vmap", "        ip saddr vmap", "arriving on", id="destination-by-source"),
+    pytest.param(NFT, "jump destination comment", "continue comment", "arriving on", id="destination-forgotten"),
+    pytest.param(NFT, '"vpn0" : goto arrived-inside', '"lan" : goto arrived-inside', "arriving on", id="arrived-elsewhere"),
+    pytest.param(NFT, "goto arrived-inside", "goto arrived-outside", "counted by", id="arrived-as-another"),
+    # What is spared the second lookup.
+    pytest.param(NFT, '192.0.2.130 . "vpn0",', '203.0.113.2 . "vpn0",', "fwmark 0x2000000", id="home-of-another"),
+    pytest.param(NFT, '192.0.2.130 . "vpn0",', '10.9.0.7 . "vpn0",', "10.9.0.7", id="home-of-a-member"),
+    pytest.param(NFT, '198.51.100.77 . "dsl",', '198.51.100.77 . "wan",', "fwmark 0x3000000", id="home-by-another-link"),
+    pytest.param(NFT, f"meta mark & {MASK} == 0x00000000 ip saddr .", "ip saddr .", "fwmark 0x1000000", id="home-whatever-its-mark"),
+    pytest.param(NFT, f"{MASK} == 0x00000000 ip saddr .", "0x3d000000 == 0x00000000 ip saddr .", "fwmark 0x1000000", id="home-mask"),
+    pytest.param(NFT, "ip saddr . oifname @home-ipv4 accept", "ip daddr . oifname @home-ipv4 accept", "fwmark", id="home-by-destination"),
+    pytest.param(NFT, '            198.51.100.77 . "dsl",\n', "", None, id="a-second-lookup-is-no-fault"),
     # Where the chains are called.
     pytest.param(NFT, "type route hook output", "type filter hook output", "sent by this host", id="hook-type"),
     pytest.param(NFT, "hook prerouting priority -145", "hook prerouting priority -150", "fwmark", id="at-mangle"),
@@ -150,8 +184,21 @@ BROKEN = [
     pytest.param(NFT, "hook postrouting priority 95", "hook postrouting priority 110", "leaves as", id="srcnat-late"),
     # What is let out.
     pytest.param(NFT, 'drop comment "misrouted', 'accept comment "misrouted', "is dropped", id="drop-missing"),
-    pytest.param(NFT, '0x01000000 . "vpn0",\n', '0x01000000 . "wan",\n', "leaving by", id="own-link-wrong"),
-    pytest.param(NFT, '            0x02000000 . "wan",\n', "", "is let out", id="own-link-missing"),
+    pytest.param(NFT, '"vpn0" : goto left-inside', '"wan" : goto left-inside', "leaving by", id="own-link-wrong"),
+    pytest.param(NFT, '            0x02000000 . "wan" : goto left-outside,\n', "", "is let out", id="own-link-missing"),
+    pytest.param(NFT, f'{FAST} oifname "vpn0"', f'{FAST} oifname "wan"', "leaving by wan", id="plain-case-by-another-link"),
+    pytest.param(NFT, f"{FAST} oifname", f"meta mark & {MASK} == 0x04000000 oifname", "fwmark 0x4000000", id="plain-case-of-nobodys-mark"),
+    pytest.param(NFT, f"{FAST} oifname", f"meta mark & {MASK} == 0x02000000 oifname", "leaving by vpn0", id="plain-case-of-anothers-mark"),
+    pytest.param(NFT, f"{FAST} oifname", "meta mark & 0x1f000000 == 0x01000000 oifname", "leaving by vpn0", id="plain-case-mask"),
+    pytest.param(NFT, "goto left-inside comment", "goto left-outside comment", "counted by", id="plain-case-counts-another"),
+    pytest.param(NFT, TRANSLATED, "", "leaving by", id="plain-case-though-translated"),
+    pytest.param(
+        NFT, f"{TRANSLATED}        {PLAIN}", f"{PLAIN}        {TRANSLATED}", "leaving by",
+        id="plain-case-before-translated",
+    ),
+    pytest.param(NFT, WIPED, "\n", None, id="a-longer-way-is-no-fault"),
+    pytest.param(NFT, f'{MASK} == 0x00000000 accept comment "nobody', f'{MASK} != 0x04000000 accept comment "nobody', "leaving by", id="unmarked-lets-all-out"),
+    pytest.param(NFT, "        goto leaving comment \"not plainly on its own road\"\n", "", "is dropped", id="leaving-forgotten"),
     pytest.param(NFT, '            0x03000000 . "wan",\n', "", "is let out", id="detour-missing"),
     pytest.param(NFT, '0x03000000 . "wan",\n', '0x01000000 . "wan",\n', "leaving by wan", id="detour-of-another"),
     pytest.param(NFT, "            0x01000000,\n", "", "leaving by", id="mark-not-listed"),
@@ -161,9 +208,9 @@ BROKEN = [
         id="wiped-marks-pass",
     ),
     pytest.param(NFT, "ct status snat,dnat oifname", "ct status snat oifname", "a reply of", id="dnat-forgotten"),
-    pytest.param(NFT, f"{MASK} . oifname @own-link accept", "0x3e000000 . oifname @own-link accept", "leaving", id="mask"),
+    pytest.param(NFT, f"{MASK} . oifname vmap @left", "0x3e000000 . oifname vmap @left", "leaving", id="mask"),
     pytest.param(NFT, "oifname @downstream accept", "oifname @links accept", "leaving by", id="links-for-downstream"),
-    pytest.param(NFT, '"id-inside-ipv4-transmit",', '"id-outside-ipv4-transmit",', "counted by", id="counter"),
+    pytest.param(NFT, 'counter name "id-inside-ipv4-tr', 'counter name "id-outside-ipv4-tr', "counted by", id="counter"),
     pytest.param(NFT, '0x01000000 : "id-inside-ipv4-mis', '0x01000000 : "id-spare-ipv4-mis', "counted", id="misrouted"),
     pytest.param(NFT, "snat ip to 192.0.2.130", "snat ip to 203.0.113.2", "leaves as", id="snat-as-another"),
     pytest.param(NFT, "ip saddr != 192.0.2.130 snat", "ip saddr != 203.0.113.2 snat", "leaves as", id="snat-exception"),
@@ -205,13 +252,17 @@ def test_what_is_broken_is_caught(file: str, old: str, new: str, word: str | Non
 @pytest.mark.parametrize(
     ("file", "old", "new", "why"),
     [
-        pytest.param(NFT, "10.9.0.0/24 : goto", "10.8.0.0/14 : goto", "conflicting intervals", id="overlap"),
-        pytest.param(NFT, "10.9.0.0/24 : goto", "10.9.0.0/24 : jump", "there is no such chain", id="verdict"),
-        pytest.param(NFT, "flush map inet idmark sources-ipv4\n", "", "would stay", id="not-flushed"),
+        pytest.param(NFT, "10.9.0.0 : goto", "10.10.7.0 : goto", "is there twice", id="twice"),
+        pytest.param(NFT, "10.9.0.0 : goto", "10.9.0.0 : jump", "there is no such chain", id="verdict"),
+        pytest.param(NFT, "& 255.255.255.0 vmap", "& 255.0.255.0 vmap", "can't be followed", id="no-network's-mask"),
+        pytest.param(NFT, "flush map inet idmark sources-ipv4-24\n", "", "would stay", id="not-flushed"),
         pytest.param(NFT, "policy accept", "policy accept counter", "can't be followed", id="unknown-word"),
         pytest.param(NFT, "goto id-inside", "goto id-nobody", "no such chain", id="unknown-chain"),
         pytest.param(NFT, "jump source", "jump sauce", "there is no chain sauce", id="unknown-jump"),
-        pytest.param(NFT, "iifname @own-link", "iifname @links", "links is no set for", id="set-of-another-type"),
+        pytest.param(NFT, "oifname @detour", "oifname @links", "links is no set for", id="set-of-another-type"),
+        pytest.param(
+            NFT, "vmap @sources-ipv4-24", "vmap @sources-ipv6-64", "is no verdict", id="map-of-another-family"
+        ),
         pytest.param(IP, "protocol 73\n", "protocol 74\n", "routing.txt:7", id="protocol"),
         pytest.param(IP, "lookup 4001 protocol", "lookup 4001 suppress_prefixlength 0 protocol", "lookup", id="option"),
         pytest.param(IP, "ip route replace unreach", "ip route append unreach", "append", id="command"),
@@ -223,6 +274,92 @@ def test_what_is_not_known_is_refused(file: str, old: str, new: str, why: str) -
     with pytest.raises(artefact.ArtefactError, match=why) as error:
         artefact.read({**FILES, file: FILES[file].replace(old, new)})
     assert str(error.value).startswith(f"{file}:")
+
+
+# --- the shapes that sources take --------------------------------------------------------------------------------------
+
+SHAPES = {
+    "maps": (layers.MANY, layers.HASH),
+    "sets": (0, layers.HASH),
+    "intervals": (layers.MANY, ((1, 10_000),)),
+}
+#: What the text of each shape has, and no other.
+SHOWS = {"maps": "vmap @sources-ipv4-16", "sets": "@id-inside-ipv4-16 goto", "intervals": "vmap @sources-ipv4 comment"}
+
+
+@pytest.fixture
+def shaped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, str]]]:
+    """What renders with sources in a given shape, however few they are."""
+
+    def files(shape: str) -> dict[str, str]:
+        many, cost = SHAPES[shape]
+        monkeypatch.setattr(layers, "MANY", many)
+        monkeypatch.setattr(layers, "HASH", cost)
+        desired_module._layers.cache_clear()
+        return render.files(desire(POLICY, FACTS))
+
+    yield files
+    desired_module._layers.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_proved(shape: str, shaped: Callable[[str], dict[str, str]]) -> None:
+    """Whichever sets of the kernel hold the sources, of what is rendered no packet goes wrong."""
+    files = shaped(shape)
+    assert [name for name, words in SHOWS.items() if words in files[NFT]] == [shape]
+    assert told(proof(files)) == ""
+
+
+@pytest.mark.parametrize(
+    ("shape", "old", "new", "word"),
+    [
+        pytest.param("sets", "            10.10.7.0,\n", "", "10.10.7.", id="element-missing"),
+        pytest.param("sets", "            10.9.0.0,\n", "            10.9.1.0,\n", "10.9.1.", id="another-network"),
+        pytest.param("sets", "ip saddr & 255.255.255.0 @id-outside-ipv4-24 goto id-outside", "ip saddr & 255.255.255.0 @id-outside-ipv4-24 goto id-inside", "10.10.7.", id="another-identity"),
+        pytest.param("sets", "            10.9.0.0,\n", "            10.9.0.0,\n            10.10.7.0,\n", "10.10.7.", id="in-two-identities"),
+        pytest.param("sets", "            10.10.7.0,\n", "            10.9.0.0,\n            10.10.7.0,\n", None, id="the-first-that-knows-it"),
+        pytest.param("sets", "ip saddr & 255.255.0.0 @", "ip saddr & 255.254.0.0 @", "10.11.", id="mask"),
+        pytest.param("intervals", "10.9.0.0/24 : goto", "10.9.0.0/25 : goto", "10.9.0.1", id="half-a-prefix"),
+        pytest.param("intervals", "10.9.0.0/24 : goto", "10.9.0.0/23 : goto", "10.9.1.", id="two-prefixes"),
+        pytest.param("intervals", "            10.10.7.0/24 : goto id-outside,\n", "", "10.10.7.", id="interval-missing"),
+        pytest.param("intervals", "ip saddr vmap @sources-ipv4 comment", "ip saddr & 255.255.255.0 vmap @sources-ipv4 comment", "192.0.2.130", id="masked"),
+    ],
+)  # fmt: skip
+def test_what_is_broken_in_a_shape_is_caught(
+    shape: str, old: str, new: str, word: str | None, shaped: Callable[[str], dict[str, str]]
+) -> None:
+    """A fault in any of the shapes is refuted by a packet of the network that it is about."""
+    files = shaped(shape)
+    assert old in files[NFT]
+    found = told(proof({**files, NFT: files[NFT].replace(old, new)}))
+    assert found == "" if word is None else word in found
+
+
+def test_intervals_that_overlap_are_refused(shaped: Callable[[str], dict[str, str]]) -> None:
+    """nft refuses intervals that overlap, and so does the reader."""
+    files = shaped("intervals")
+    with pytest.raises(artefact.ArtefactError, match="conflicting intervals"):
+        artefact.read({**files, NFT: files[NFT].replace("10.9.0.0/24 : goto", "10.8.0.0/14 : goto")})
+
+
+# --- without translations ----------------------------------------------------------------------------------------------
+
+PLAIN_POLICY = policy(replace(INSIDE, masquerade=False), OUTSIDE, SPARE, downstream=["lan"], kernel=Kernel(nat=False))
+
+
+def test_without_translations() -> None:
+    """On a host that translates nothing, nothing asks for connections, it is proved, and what that rests on is told."""
+    desired = desire(PLAIN_POLICY, FACTS)
+    files = render.files(desired)
+    found = proof(files, desired)
+    assert not [line for line in files[NFT].splitlines() if line.strip().startswith("ct ")]
+    assert told(found) == ""
+    assert any("translates addresses" in limit for limit in found.limits)
+
+
+def test_translations_that_nothing_asks_for() -> None:
+    """The ruleset of a host that translates nothing is refuted for one that may: by a reply."""
+    assert "a reply of a connection made to" in told(proof(render.files(desire(PLAIN_POLICY, FACTS))))
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from agent.model import (
     TABLE_MAIN,
     UNREACHABLE,
     Address,
+    Addresses,
     Facts,
     Family,
     Fwmark,
@@ -182,7 +183,15 @@ def read_back(table: Table) -> Table:
     return replace(
         table,
         counters=table.counters[::-1],
-        sets=tuple(replace(item, elements=item.elements[::-1], about=(), pending=()) for item in table.sets[::-1]),
+        sets=tuple(
+            replace(
+                item,
+                elements=item.elements if isinstance(item.elements, Addresses) else item.elements[::-1],
+                about=(),
+                pending=(),
+            )
+            for item in table.sets[::-1]
+        ),
         chains=tuple(
             replace(chain, rules=tuple(replace(rule, text="") for rule in chain.rules), about=())
             for chain in table.chains[::-1]

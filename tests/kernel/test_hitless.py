@@ -1,0 +1,132 @@
+"""Whatever is put in the place of whatever: under traffic no packet passes without its mark."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.admin import Admin, lay_links, policy_text
+from tests.kernel.net import fresh_namespace, named_namespace
+
+#: A host behind the gateway, which speaks as inside whichever policy is in force, and one far away.
+MEMBER, WILD = "10.9.0.5", "198.51.100.10"
+#: Packets without a mark follow main, and its default, out of wan: nothing stops them here, so they can be counted.
+OPEN = {"enforce": False}
+TIMES = 6
+SENDER = f"""
+import signal, socket, sys
+going = True
+def stop(*_):
+    global going
+    going = False
+signal.signal(signal.SIGTERM, stop)
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("{MEMBER}", 0))
+sock.connect(("{WILD}", 9))
+sent = 0
+print("sending", flush=True)
+while going:
+    sock.send(b"x")
+    sent += 1
+print(sent)
+"""
+#: Behind all that is idmark's.
+WATCH = f"""
+table inet watch {{
+    counter vpn0 {{ }}
+    counter elsewhere {{ }}
+    chain leaving {{
+        type filter hook postrouting priority 400; policy accept;
+        meta nfproto ipv6 accept
+        ip saddr != {MEMBER} accept
+        udp dport != 9 accept
+        oifname "vpn0" counter name vpn0 accept
+        counter name elsewhere
+    }}
+}}
+"""
+
+
+@pytest.fixture
+def admin(tmp_path: Path) -> Iterator[Admin]:
+    """A gateway that counts what of the member's leaves by which link; a host far away is at the end of all of them."""
+    with fresh_namespace("gw") as gw, named_namespace("far") as far:
+        lay_links(gw, far)
+        far.ip("address", "add", f"{MEMBER}/24", "dev", "lan")
+        far.ip("route", "add", WILD, "via", "10.9.0.1", "dev", "lan")
+        for near, there, address in ((gw, far, MEMBER), (far, gw, "10.9.0.1")):
+            lladdr = there.ip_json("link", "show", "lan")[0]["address"]
+            near.ip("neighbour", "replace", address, "lladdr", lladdr, "dev", "lan")
+        gw.nft(WATCH)
+        yield Admin(gw, tmp_path)
+
+
+@contextlib.contextmanager
+def sending(far: str) -> Iterator[subprocess.Popen[str]]:
+    """The member sends as fast as it can; how many it were it says when it is stopped."""
+    command = ["ip", "netns", "exec", far, sys.executable, "-c", SENDER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "sending\n"
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def hosts(count: int, first: int = 0) -> list[str]:
+    """Addresses in 10.64.0.0/10."""
+    return [f"10.{64 + (n >> 16)}.{n >> 8 & 255}.{n & 255}" for n in range(first, first + count)]
+
+
+def lengths(count: int) -> list[str]:
+    """A network of each of so many lengths."""
+    return [f"10.{128 + n}.0.0/{16 + n}" for n in range(count)]
+
+
+def policy(inside: list[str], outside: list[str] | None = None, **kernel: object) -> str:
+    return policy_text({"members": inside}, {"members": outside or []}, kernel={**OPEN, **kernel}, downstream=["lan"])
+
+
+PLAIN = ["10.9.0.0/24"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(policy(PLAIN), policy([*PLAIN, *hosts(3)]), id="elements-of-a-map"),
+        pytest.param(policy(PLAIN), policy([*PLAIN, *hosts(200)]), id="a-larger-map"),
+        pytest.param(policy(PLAIN), policy([*PLAIN, *hosts(5000)]), id="maps-and-sets"),
+        pytest.param(policy([*PLAIN, *hosts(4500)]), policy([*PLAIN, *hosts(4500, first=60)]), id="elements-of-a-set"),
+        pytest.param(
+            policy([*PLAIN, *hosts(5000)]), policy([*PLAIN, *hosts(5000, first=5000)]), id="several-transactions"
+        ),
+        pytest.param(
+            policy(["10.9.0.0/24", *hosts(5000)], ["10.9.0.0/16"]),
+            policy(["10.9.0.0/25", *hosts(5000)], ["10.9.0.0/16", *hosts(5000, first=6000)]),
+            id="a-longer-prefix",
+        ),
+        pytest.param(policy(PLAIN), policy([*PLAIN, *lengths(12)]), id="hashes-and-intervals"),
+        pytest.param(policy([*PLAIN, *lengths(12)]), policy([*PLAIN, *hosts(5000)]), id="intervals-and-sets"),
+        pytest.param(policy(PLAIN, nat=False), policy(PLAIN, nat=True), id="translations"),
+        pytest.param(policy(PLAIN), policy(PLAIN, hook_priority=-140), id="another-hook"),
+    ],
+)
+def test_no_packet_without_a_mark(admin: Admin, one: str, other: str) -> None:
+    """Policies take turns while a member sends: all of its packets leave by its identity's link, and none by main's."""
+    admin.apply(one)
+    with sending("far") as sender:
+        for _ in range(TIMES):
+            admin.apply(other)
+            admin.apply(one)
+        sender.terminate()
+        assert sender.stdout
+        sent = int(sender.stdout.read())
+    admin.host.settle()
+    assert sent > 1000
+    assert (admin.host.counter("vpn0", "watch"), admin.host.counter("elsewhere", "watch")) == (sent, 0)
