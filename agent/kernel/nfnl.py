@@ -164,7 +164,7 @@ class Nfnl:
             return None
         rules: dict[str, list[Statement]] = {}
         for item in self._dump(doing, GETRULE, name):
-            statement = Statement("", _comment(item.get(RULE_USERDATA, b"")))
+            statement = Statement("", comment_of(item.get(RULE_USERDATA, b"")))
             rules.setdefault(text(item[RULE_CHAIN]), []).append(statement)
         chains = (item for item in self._dump(doing, GETCHAIN, name))
         sets = (item for item in self._dump(doing, GETSET, name))
@@ -282,7 +282,8 @@ def _flags(item: Attributes) -> int:
     return number(item.get(SET_FLAGS, b""))
 
 
-def _comment(userdata: bytes) -> str:
+def comment_of(userdata: bytes) -> str:
+    """The comment in a rule's userdata; "" without one."""
     offset = 0
     while offset + 2 <= len(userdata):
         kind, size = userdata[offset], userdata[offset + 1]

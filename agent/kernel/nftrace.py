@@ -30,9 +30,9 @@ from agent.kernel.nfnl import (
     OF_TABLE,
     RULE_CHAIN,
     RULE_USERDATA,
-    UDATA_COMMENT,
     VERDICT_CHAIN,
     VERDICT_CODE,
+    comment_of,
 )
 from agent.kernel.nft import Nft
 from agent.model import Family
@@ -158,7 +158,7 @@ class Tracer:
                     where = attribute(RULE_CHAIN, chain.encode() + b"\0") + attribute(
                         RULE_HANDLE, struct.pack(">Q", handle)
                     )
-                    comment = _comment(_one(netlink, GETRULE, header + where).get(RULE_USERDATA, b""))
+                    comment = comment_of(_one(netlink, GETRULE, header + where).get(RULE_USERDATA, b""))
             self._places[key] = Place(FAMILIES.get(family, str(family)), table_name, chain, hook, handle, comment)
         return self._places[key]
 
@@ -186,17 +186,6 @@ def _one(netlink: Netlink, kind: int, body: bytes) -> dict[int, bytes]:
     except KernelError:
         return {}
     return attributes(answer[NFGENMSG.size :])
-
-
-def _comment(userdata: bytes) -> str:
-    """The comment in a rule's userdata: type, length, value, one after the other (libnftnl/udata.h)."""
-    offset = 0
-    while offset + 2 <= len(userdata):
-        kind, size = userdata[offset], userdata[offset + 1]
-        if kind == UDATA_COMMENT:
-            return text(userdata[offset + 2 : offset + 2 + size])
-        offset += 2 + size
-    return ""
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

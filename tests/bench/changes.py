@@ -12,17 +12,17 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent import IdmarkError, reconcile
+from agent import reconcile
 from agent.model import Family
 from agent.policy import load
 from tests.bench import room
 from tests.bench.contestants import interval_map, write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure
+from tests.bench.parts import Part, measured
 from tests.bench.process import Cost, KernelMemory, timed, took
 from tests.bench.sources import Sources, draw
 from tests.bench.world import NEXT_HOP, UPLINKS, FailedError, World, world
@@ -386,7 +386,7 @@ def _monitor(here: World) -> Iterator[None]:
         process.wait()
 
 
-PARTS: dict[str, Callable[[Effort, Path, Report], None]] = {
+PARTS: dict[str, Part[Effort]] = {
     "first": first,
     "changes": changes,
     "neighbours": neighbours,
@@ -394,18 +394,9 @@ PARTS: dict[str, Callable[[Effort, Path, Report], None]] = {
 }
 
 
-def run(effort: Effort, parts: Sequence[str] = (*PARTS,)) -> Report:
-    """Measure; what was found has been printed as well. To be called inside the room."""
-    about = " ".join(__doc__.split("\n\n", maxsplit=1)[1].split()) if __doc__ else ""
-    report = Report("changes", about, room.machine())
-    for part in parts:
-        print(f"measuring: {part}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir="/run") as directory:
-            try:
-                PARTS[part](effort, Path(directory), report)
-            except (FailedError, IdmarkError) as error:
-                report.add(Table(part, ("could not be measured to its end",), ((str(error),),)))
-    return report
+def run(effort: Effort, chosen: Sequence[str] = (*PARTS,)) -> Report:
+    """Measure these parts, inside the room."""
+    return measured("changes", __doc__, PARTS, chosen, effort)
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import os
 import random
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -23,15 +22,15 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from agent import IdmarkError
 from agent.kernel.nfnl import Nfnl
 from agent.model import Family
 from tests.bench import room
 from tests.bench.contestants import write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure
+from tests.bench.parts import Part, measured
 from tests.bench.process import Cost, resident, timed, took
 from tests.bench.sources import draw
-from tests.bench.world import UPLINKS, FailedError, World, world
+from tests.bench.world import UPLINKS, World, world
 from tests.kernel.running import Running, running
 
 SEED = 73
@@ -215,7 +214,7 @@ def lists(effort: Effort, directory: Path, report: Report) -> None:
     report.add(Table(f"a list of {effort.lines:,} lines", columns, tuple(rows)))
 
 
-PARTS: dict[str, Callable[[Effort, Path, Report], None]] = {
+PARTS: dict[str, Part[Effort]] = {
     "start": start,
     "memory": memory,
     "scrape": scrape,
@@ -223,18 +222,9 @@ PARTS: dict[str, Callable[[Effort, Path, Report], None]] = {
 }
 
 
-def run(effort: Effort, parts: Sequence[str] = (*PARTS,)) -> Report:
-    """Measure; what was found has been printed as well. To be called inside the room."""
-    about = " ".join(__doc__.split("\n\n", maxsplit=1)[1].split()) if __doc__ else ""
-    report = Report("program", about, room.machine())
-    for part in parts:
-        print(f"measuring: {part}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir="/run") as directory:
-            try:
-                PARTS[part](effort, Path(directory), report)
-            except (FailedError, IdmarkError) as error:
-                report.add(Table(part, ("could not be measured to its end",), ((str(error),),)))
-    return report
+def run(effort: Effort, chosen: Sequence[str] = (*PARTS,)) -> Report:
+    """Measure these parts, inside the room."""
+    return measured("program", __doc__, PARTS, chosen, effort)
 
 
 def main() -> int:

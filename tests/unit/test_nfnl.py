@@ -87,7 +87,7 @@ def test_value(element: Attributes, text: str) -> None:
 )
 def test_comment(userdata: bytes, comment: str) -> None:
     """A rule's comment is found in what libnftnl keeps with it: type, length, value."""
-    assert nfnl._comment(userdata) == comment
+    assert nfnl.comment_of(userdata) == comment
 
 
 @pytest.mark.parametrize(
