@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -17,7 +18,7 @@ from agent.kernel import KernelError
 from agent.kernel.attributes import attribute
 from agent.kernel.elements import pack, stride
 from agent.kernel.netlink import ATTRIBUTE, NETLINK_NETFILTER, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, Netlink
-from agent.kernel.nfnl import ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
+from agent.kernel.nfnl import ADDRESSES, ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
 from agent.model import Addresses, ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
@@ -111,8 +112,14 @@ def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[Elem
     """Changes as transactions of at most so many elements: what comes, with the values that it takes the place of, and
     then what only goes.
 
-    Not both at once, not even of few: a packet asks one set after the other, and is on its way while they change.
+    Not both at once where sets of one kind of addresses are changed together: a packet asks them one after the other,
+    and is on its way while they change.
     """
+    sizes = sum(len(change.gone) + len(change.new) for change in changes)
+    kinds = Counter(change.key for change in changes if change.key in ADDRESSES)
+    if sizes <= size and all(count == 1 for count in kinds.values()):
+        yield tuple(changes)
+        return
     coming, going = [], []
     for change in changes:
         replaced: dict[str, tuple[str, str]] = {}

@@ -184,8 +184,15 @@ def test_portions(before: Owned, after: Owned, layers: Sequence[tuple[str, int, 
     assert sets == wanted
 
 
-def test_few_are_two() -> None:
-    """What fits is one transaction for what comes, of all sets, and one for what goes."""
+def test_few_are_one() -> None:
+    """What fits is one transaction where no two sets of a family change."""
+    changes = [change("a", ipv4(0, 3), ipv4(9, 2))]
+    assert list(portions(changes, 8)) == [tuple(changes)]
+    assert len(list(portions(changes, 4))) > 1
+
+
+def test_few_of_two_sets_are_two() -> None:
+    """Else it is one transaction for what comes, of all sets, and one for what goes."""
     changes = [change("a", ipv4(0, 3), ipv4(9, 2)), change("b", NONE, ipv4(0, 3))]
     coming, going = portions(changes, 8)
     assert [(each.set, len(each.gone), len(each.new)) for each in coming] == [("a", 0, 2), ("b", 0, 3)]
