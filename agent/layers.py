@@ -13,8 +13,8 @@ from itertools import pairwise
 from agent.model import Addresses, Family, Prefix, address_text
 from agent.prefixes import classes
 
-#: What one question costs a packet, in ns, by the number of elements; between them a straight line. They decide by
-#: their ratios, which `./dev bench costs` measures anew.
+#: What one question costs a packet, in ns, by the number of elements; between them a straight line. Only ratios decide:
+#: `./dev bench packets` has interval maps beside hashes of one length and of four at each size, to measure them anew.
 HASH = ((1_000, 65), (128_000, 250), (1_000_000, 350))
 INTERVAL = ((16, 255), (1_000, 430), (128_000, 1_600), (1_000_000, 2_300))
 #: A packet asks all hashes only when it is nobody's; of others it takes the first that knows it.
