@@ -65,13 +65,18 @@ def _ways(draft: Draft) -> Iterator[Fault]:
         rule = f"{bits} of the {mask.bit_count()} bits of {mask:#x}: none is left for ids"
         yield draft.fault(("kernel", "way_bits"), rule)
     shared = Counter(
-        (table.link, str(table.next_hop), table.when_down)
+        (table.link, _hops(table.next_hop), table.when_down)
         for _, table in draft.identities
         if table.addresses == [] and not table.probe
     )
     ways = sum(count > 1 for count in shared.values())
     if ways >= 1 << bits:
         yield draft.fault(("kernel", "way_bits"), f"{bits} bits number {(1 << bits) - 1} ways, and {ways} are shared")
+
+
+def _hops(next_hop: str | list[Address | None] | None) -> str | tuple[str, ...] | None:
+    """In an order that says nothing."""
+    return tuple(sorted(map(str, next_hop))) if isinstance(next_hop, list) else next_hop
 
 
 def _tables(draft: Draft) -> Iterator[Fault]:

@@ -200,6 +200,12 @@ def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], b
     return tuple(others), identity.when_down == MAIN
 
 
+def is_open(standing: Standing, family: Family) -> bool:
+    """Whether an identity's own link carries it now, as far as can be known."""
+    way = standing.way(family)
+    return way is not None and not way.closed
+
+
 def roads_changed(before: Desired, after: Desired) -> frozenset[str]:
     """The identities, by name, whose packets take another road than before: other hops, also those of a detour, or
     another address that members are translated to.
@@ -491,7 +497,9 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
         if 0 < len(guarded) <= GUARDED and first + 2 < PRIORITY_MAIN:
             mask = kernel.mark_mask
             guards.append(Rule(family, first, iif="lo", action=GOTO, target=first + 2))
-            guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in guarded]
+            # A source of no bits is none: the kernel doesn't tell of it.
+            sources = (each if each.length else None for each in guarded)
+            guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in sources]
             guards.append(Rule(family, first + 2, action=NOP))
     return tuple(guards)
 

@@ -41,17 +41,8 @@ def take(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> Facts:
         else:
             for link in there & set(policy.downstream):
                 routes.update(rtnl.main_routes(family, link=link))
-    nat = policy.kernel.nat is None and (nfnl.translates(policy.kernel.nft_table) or legacy_nat())
+    nat = policy.kernel.nat is None and nfnl.translates(policy.kernel.nft_table)
     return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))), nat)
-
-
-def legacy_nat() -> bool:
-    """Whether iptables-legacy, which nf_tables doesn't show, translates (net/netfilter/x_tables.c)."""
-    names = (Path("/proc/net") / name for name in ("ip_tables_names", "ip6_tables_names"))
-    try:
-        return any("nat" in path.read_text(encoding="ascii").split() for path in names if path.exists())
-    except OSError:  # it is root's
-        return True
 
 
 def _links(own: Collection[str], rtnl: Rtnl, sysctls: Sysctls) -> tuple[Link, ...]:

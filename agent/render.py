@@ -23,8 +23,14 @@ def ruleset_text(desired: Desired) -> str:
     header = (
         *_header(desired),
         "Load with: nft -f ruleset.nft; again and again, the counters go on. No packet passes unmarked meanwhile.",
+        *_unknown_nat(desired),
     )
     return commands.render(ruleset.table(desired), header)
+
+
+def _unknown_nat(desired: Desired) -> Iterator[str]:
+    if not desired.host_known and desired.policy.kernel.nat is None:
+        yield 'nat = "auto": where nothing translates addresses it is loaded without the rules about connections (ct).'
 
 
 def routing_text(desired: Desired) -> str:

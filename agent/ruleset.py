@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from agent.commands import chain_lines
-from agent.desired import Desired, Standing, detours
+from agent.desired import Desired, Standing, detours, is_open
 from agent.layers import MANY, Layer, why
 from agent.model import Chain, Family, Fwmark, Hook, Identity, NftSet, Statement, Table
 
@@ -73,8 +73,12 @@ def _sets(desired: Desired) -> Iterator[NftSet]:
             f"home-{family}",
             f"{family}_addr . ifname",
             size=_room(sum(len(standing.own(family)) for standing in standings)),
+            # While it is closed, a program that is bound to no address may still be led there by main.
             elements=tuple(
-                (f"{address} . {_quoted(st.identity.link)}", "") for st in standings for address in st.own(family)
+                (f"{address} . {_quoted(st.identity.link)}", "")
+                for st in standings
+                if is_open(st, family)
+                for address in st.own(family)
             ),
             about=(f"{_title(family)}: what this host sends from here by there is on its road already.",),
             pending=unknown,

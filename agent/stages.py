@@ -48,30 +48,25 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
         lines = [line for s in wanted.sets if s.name in odd for line in _element_lines(name, s, there.get(s.name))]
         yield from [Stage(tuple(lines))] if lines else []
         return
-    # What is said of marks changes with the rules: they may be about to mean somebody else.
-    odd |= {s.name for s in wanted.sets if s.name in fitting and s.key not in ADDRESSES}
-    plain = [change for change in plain if change.set not in odd]
+    # What is said of marks changes with the rules: they may be about to mean somebody else. And where sets come or go,
+    # so does what those that stay hold: before the rules it may hide what they don't ask yet, after them what was there.
     new = [s for s in wanted.sets if s.name not in there]
+    reshaped = any(s.key in ADDRESSES for s in (*new, *_stale_sets(wanted, present)))
+    odd |= {s.name for s in wanted.sets if s.name in fitting and (reshaped or s.key not in ADDRESSES)}
+    plain = [change for change in plain if change.set not in odd]
     made = tuple(_made(wanted, present, new))
     yield from [Stage(made)] if made else []
-    # Where rules stop asking a set, what it held may be about to be in one that they ask already: it is there before.
-    # Else it comes after them, for in a set that they only begin to ask there may be longer prefixes.
-    first = any(s.key in ADDRESSES for s in _stale_sets(wanted, present))
-    early = [coming for change in plain if (coming := _coming(change)).new] if first else []
-    incoming = (*(commands.difference(s, None) for s in new if s.elements and not s.interval), *early)
+    incoming = tuple(commands.difference(s, None) for s in new if s.elements and not s.interval)
     yield from [Stage(changes=incoming)] if incoming else []
     lines = [line for s in new if s.interval for line in _element_lines(name, s, None)]
     yield from [Stage(tuple(lines), behind=made)] if lines else []
     before = _with_all(present, wanted, odd)
     rules = commands.transaction(_with_stale(wanted, before), before, rules_anew=rules_anew)
     yield from [Stage(rules, behind=made)] if rules else []
-    late = tuple(going for change in plain if (going := _going(change)).gone) if first else tuple(plain)
-    yield from [Stage(changes=late)] if late else []
+    yield from [Stage(changes=tuple(plain))] if plain else []
     cleared = tuple(_cleared(wanted, present))
     if cleared:
-        pairs = (change for change in late if not isinstance(change.gone, Addresses))
-        gone = (line for change in pairs for line in commands.change_commands(name, change))
-        yield Stage(cleared, behind=(*made, *rules, *gone))
+        yield Stage(cleared, behind=(*made, *rules))
 
 
 def _from_nothing(wanted: Table, present: Table | None) -> Iterator[Stage]:
@@ -159,19 +154,3 @@ def _element_lines(name: str, wanted: NftSet, present: NftSet | None) -> Iterato
 def _gone(change: ElementChange | None) -> Iterator[tuple[str, str]]:
     """What goes, where it may be anything: a set of addresses holds addresses."""
     return iter(() if change is None or isinstance(change.gone, Addresses) else change.gone)
-
-
-def _coming(change: ElementChange) -> ElementChange:
-    """What comes, and of what goes the values that it takes the place of."""
-    if isinstance(change.gone, Addresses):
-        return replace(change, gone=change.gone[:0])
-    new = {key for key, _ in change.new}
-    return replace(change, gone=tuple(each for each in change.gone if each[0] in new))
-
-
-def _going(change: ElementChange) -> ElementChange:
-    """What only goes."""
-    if isinstance(change.gone, Addresses):
-        return replace(change, new=change.gone[:0])
-    new = {key for key, _ in change.new}
-    return replace(change, gone=tuple(each for each in change.gone if each[0] not in new), new=())

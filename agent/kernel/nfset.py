@@ -12,6 +12,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from agent.kernel import KernelError
@@ -86,11 +87,18 @@ class Nfset:
         """Make all the changes, in as many transactions as it takes for nothing to be wrong between them.
 
         In the order given what comes, against it what only goes: with the sets of longer prefixes first each address
-        is at any moment whose it was or whose it is going to be. A failure leaves part of it done. Raises as `commit`
-        does.
+        is at any moment whose it was or whose it is going to be. When one fails those before it are taken back. Raises
+        as `commit` does.
         """
+        done: list[tuple[ElementChange, ...]] = []
         for part in portions(changes, min(TRANSACTION, (self._room - FRAME_ROOM) // ELEMENT_ROOM)):
-            self.commit(table, part)
+            try:
+                self.commit(table, part)
+            except KernelError:
+                for before in reversed(done):
+                    self.commit(table, [replace(change, gone=change.new, new=change.gone) for change in before])
+                raise
+            done.append(part)
 
     def _send(self, doing: str, messages: Sequence[Message]) -> None:
         answers = self._netlink.post(doing, messages) if messages else {0: 0}

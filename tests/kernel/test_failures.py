@@ -39,7 +39,7 @@ ROUTES_AND_RULES = (7, 8, 11, 19)
 #: The methods of the seams that change the kernel.
 ACTS = {
     *("add_route", "replace_route", "delete_route", "add_rule", "delete_rule"),
-    *("load", "set_src_valid_mark", "restore_src_valid_mark"),
+    *("load", "change", "set_src_valid_mark", "restore_src_valid_mark"),
 }
 
 

@@ -112,6 +112,11 @@ PLAIN = ["10.9.0.0/24"]
             id="a-longer-prefix",
         ),
         pytest.param(policy(PLAIN), policy([*PLAIN, *lengths(12)]), id="hashes-and-intervals"),
+        pytest.param(
+            policy(["10.9.0.0/16", "172.16.0.0/12"], ["10.200.0.0/25"]),
+            policy(["10.9.0.0/25", "172.16.0.0/12", "10.7.0.0/24"], ["10.9.0.0/16", "10.9.0.0/24"]),
+            id="shape-and-contents",
+        ),
         pytest.param(policy([*PLAIN, *lengths(12)]), policy([*PLAIN, *hosts(5000)]), id="intervals-and-sets"),
         pytest.param(policy(PLAIN, nat=False), policy(PLAIN, nat=True), id="translations"),
         pytest.param(policy(PLAIN), policy(PLAIN, hook_priority=-140), id="another-hook"),
