@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from agent import commands
-from agent.model import Addresses, Chain, ElementChange, Family, NftSet, Table
+from agent.model import Addresses, Chain, ElementChange, NftSet, Table
 
-ADDRESSES = frozenset(f"{family}_addr" for family in Family)
 #: Chains that elements point to.
 OF_IDENTITIES = ("id-", "left-", "arrived-")
 #: So many elements are not put in with the rules that ask for them, even where there were no rules before.
@@ -48,22 +47,18 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
         lines = [line for s in wanted.sets if s.name in odd for line in _element_lines(name, s, there.get(s.name))]
         yield from [Stage(tuple(lines))] if lines else []
         return
-    # What is said of marks changes with the rules: they may be about to mean somebody else. And where sets come or go,
-    # so does what those that stay hold: before the rules it may hide what they don't ask yet, after them what was there.
+    # What stays changes with the rules: before them it may hide what they don't ask yet, or be said of marks that are
+    # about to mean somebody else; after them what was there may be missing.
     new = [s for s in wanted.sets if s.name not in there]
-    reshaped = any(s.key in ADDRESSES for s in (*new, *_stale_sets(wanted, present)))
-    odd |= {s.name for s in wanted.sets if s.name in fitting and (reshaped or s.key not in ADDRESSES)}
-    plain = [change for change in plain if change.set not in odd]
     made = tuple(_made(wanted, present, new))
     yield from [Stage(made)] if made else []
     incoming = tuple(commands.difference(s, None) for s in new if s.elements and not s.interval)
     yield from [Stage(changes=incoming)] if incoming else []
     lines = [line for s in new if s.interval for line in _element_lines(name, s, None)]
     yield from [Stage(tuple(lines), behind=made)] if lines else []
-    before = _with_all(present, wanted, odd)
+    before = _with_made(present, wanted)
     rules = commands.transaction(_with_stale(wanted, before), before, rules_anew=rules_anew)
     yield from [Stage(rules, behind=made)] if rules else []
-    yield from [Stage(changes=tuple(plain))] if plain else []
     cleared = tuple(_cleared(wanted, present))
     if cleared:
         yield Stage(cleared, behind=(*made, *rules))
@@ -118,16 +113,14 @@ def _stale_chains(wanted: Table, present: Table) -> list[Chain]:
     return [chain for chain in present.chains if chain.name not in names]
 
 
-def _with_all(present: Table, wanted: Table, odd: set[str]) -> Table:
-    """The table with what is made and what comes, as if what goes were gone; the rules are the old ones."""
-    right = {nft_set.name: nft_set for nft_set in wanted.sets if nft_set.name not in odd}
+def _with_made(present: Table, wanted: Table) -> Table:
+    """The table with what is made; what stays is as it was."""
     there = {nft_set.name for nft_set in present.sets}
     chains = {chain.name for chain in present.chains}
-    fitting = (_with_elements(s, w if (w := right.get(s.name)) and w.type == s.type else None) for s in present.sets)
     return replace(
         present,
         counters=tuple(dict.fromkeys((*present.counters, *wanted.counters))),
-        sets=(*fitting, *(nft_set for nft_set in wanted.sets if nft_set.name not in there)),
+        sets=(*present.sets, *(nft_set for nft_set in wanted.sets if nft_set.name not in there)),
         chains=(*present.chains, *(Chain(c.name) for c in wanted.chains if not c.hook and c.name not in chains)),
     )
 
