@@ -1,4 +1,4 @@
-"""Sources to disjoint classes: between identities the longest prefix decides, and nft never sees an overlap."""
+"""Sources to disjoint classes: between identities the longest prefix decides."""
 
 from __future__ import annotations
 
