@@ -516,7 +516,7 @@ def remove(args: argparse.Namespace) -> int:
 
 def schema(args: argparse.Namespace) -> int:
     """The policy's JSON Schema."""
-    from agent.policy import schema  # noqa: PLC0415
+    from agent.schema import schema  # noqa: PLC0415
 
     print(json.dumps(schema(), indent=1))
     return OK
@@ -583,9 +583,9 @@ def _may_administer() -> bool:
 
 
 def _host_faults(faults: tuple[str, ...]) -> None:
-    from agent.reconcile import HostError  # noqa: PLC0415
-
     if faults:
+        from agent.reconcile import HostError  # noqa: PLC0415
+
         raise HostError(faults)
 
 

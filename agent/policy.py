@@ -14,13 +14,13 @@ from typing import Any
 
 from agent import IdmarkError
 from agent.checks import CHECKS, WARNINGS
-from agent.document import read_document, schema
+from agent.document import read_document
 from agent.draft import Draft, UnreadableError, read_text
 from agent.faults import Fault, in_order
 from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
 from agent.toml_lines import Lines
 
-__all__ = ["Fault", "PolicyError", "load", "schema"]
+__all__ = ["Fault", "PolicyError", "load"]
 
 
 class PolicyError(IdmarkError):
@@ -84,7 +84,7 @@ def _policy(draft: Draft) -> Policy:
     """The policy, of a draft that every check has passed."""
     # Nothing in it is None any longer, which its types cannot say: hence Any.
     document: Any = draft.document
-    kernel = Kernel(**{**dict(document.kernel), "nat": None if document.kernel.nat == "auto" else document.kernel.nat})
+    kernel = Kernel(**{**vars(document.kernel), "nat": None if document.kernel.nat == "auto" else document.kernel.nat})
     identities = [_identity(kernel, draft, name, table) for name, table in draft.identities]
     return Policy(
         gateway=document.gateway,
@@ -142,7 +142,7 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
         when_down=table.when_down,
         masquerade=table.masquerade,
         clamp_mss=table.clamp_mss,
-        probe=Probe(**dict(table.probe)) if table.probe else None,
+        probe=Probe(**vars(table.probe)) if table.probe else None,
         flush_flows=table.flush_flows,
     )
 

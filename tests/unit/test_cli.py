@@ -332,12 +332,24 @@ def test_schema(idmark: Idmark) -> None:
 HEAVY = {"agent.model", "asyncio", "prometheus_client", "pydantic", "pyroute2", "rich"}
 
 
+def imported(*words: str) -> set[str]:
+    """The modules that a command has imported by its end."""
+    code = "import sys\nfrom agent import cli\ntry:\n    cli.main(sys.argv[1:])\nfinally:\n    print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return {*ran.stdout.splitlines()[-1].split()}
+
+
 @pytest.mark.parametrize("word", ["--version", "--help"])
 def test_light_start(word: str) -> None:
     """Who asks for little waits for little: none of the heavy packages is imported for it."""
-    code = f"import sys\nfrom agent import cli\ntry:\n    cli.main(['{word}'])\nfinally:\n    print(*sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert HEAVY.isdisjoint(ran.stdout.split())
+    assert HEAVY.isdisjoint(imported(word))
+
+
+@pytest.mark.parametrize("verb", ["check", "render"])
+def test_a_good_policy_is_read_without_pydantic(tmp_path: Path, verb: str) -> None:
+    """pydantic has the words for a policy with faults: one without is not kept waiting for it, nor for the kernel."""
+    (tmp_path / "policy.toml").write_text(GOOD)
+    assert (HEAVY - {"agent.model"}).isdisjoint(imported("-c", str(tmp_path / "policy.toml"), verb))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"], ["--version"]])

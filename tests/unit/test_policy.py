@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.document import Document, IdentityTable, KernelTable, ProbeTable
 from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
 from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Probe
-from agent.policy import Fault, PolicyError, load, schema
+from agent.policy import Fault, PolicyError, load
+from agent.schema import Document, IdentityTable, KernelTable, ProbeTable, schema
 
 GOOD = """\
 gateway = "gw1"
