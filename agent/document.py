@@ -59,6 +59,7 @@ class KernelTable:
     enforce: bool | None = _KERNEL.enforce
     way_bits: int | None = _KERNEL.way_bits
     nat: Literal["auto"] | bool | None = "auto"
+    drop_own_sources: bool | None = _KERNEL.drop_own_sources
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ _kernel = _table(
         "enforce": _of(bool),
         "way_bits": _of(int, values.way_bits),
         "nat": values.nat,
+        "drop_own_sources": _of(bool),
     },
 )
 _document = _table(

@@ -150,20 +150,20 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
 def _digest(policy: Policy) -> str:
     """SHA-256 over what the policy means, in an order of its own."""
     digest = hashlib.sha256()
-    for line in _canonical(policy):
-        digest.update(f"{line}\n".encode())
+    for lines in _canonical(policy):
+        digest.update("".join(lines).encode())
     return digest.hexdigest()
 
 
-def _canonical(policy: Policy) -> Iterator[str]:
+def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
     """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
     # Keys that came later stand here only if they say something: what was approved before has its old digest.
     kernel = asdict(policy.kernel)
-    for key in ("nat", "way_bits"):
+    for key in ("nat", "way_bits", "drop_own_sources"):
         if kernel[key] == getattr(Kernel(), key):
             del kernel[key]
     frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": kernel}
-    yield json.dumps(frame, sort_keys=True)
+    yield json.dumps(frame, sort_keys=True), "\n"
     for identity in policy.identities:
         fields = {
             "name": identity.name,
@@ -179,6 +179,5 @@ def _canonical(policy: Policy) -> Iterator[str]:
             fields["probe"] = asdict(identity.probe) | {"target": str(identity.probe.target)}
         if identity.flush_flows:
             fields["flush_flows"] = True
-        yield json.dumps(fields, sort_keys=True)
-        for member in identity.members:
-            yield f"{member.family} {member.address:x}/{member.length}"
+        yield json.dumps(fields, sort_keys=True), "\n"
+        yield (f"{family} {address:x}/{length}\n" for family, address, length in identity.members)

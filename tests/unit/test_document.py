@@ -43,6 +43,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "enforce": False,
         "way_bits": 2,
         "nat": False,
+        "drop_own_sources": True,
     },
 }
 
