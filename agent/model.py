@@ -79,10 +79,9 @@ class Prefix(NamedTuple):
         # No sign, no blank, no "٣": what int() would take besides is no prefix length.
         if slash and not (tail.isascii() and tail.isdigit() and len(tail) <= 3 and (length := int(tail)) <= bits):
             raise ValueError("is not a network")
-        host = (1 << bits - length) - 1
-        if address & host:
+        if length < bits and address & (host := (1 << bits - length) - 1):
             raise ValueError(f"has host bits set: the network is {cls(family, address & ~host, length)}")
-        return cls(family, address, length)
+        return tuple.__new__(cls, (family, address, length))  # as cls() does, by a function less
 
     @classmethod
     def host(cls, address: Address) -> Prefix:

@@ -18,6 +18,7 @@ from agent.document import read_document
 from agent.draft import Draft, UnreadableError, read_text
 from agent.faults import Fault, in_order
 from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
+from agent.prefixes import ascending
 from agent.toml_lines import Lines
 
 __all__ = ["Fault", "PolicyError", "load"]
@@ -137,7 +138,7 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
         table=kernel.table_base + table.id,
         priority=kernel.rule_priority + table.id,
         addresses=None if table.addresses == "auto" else sorted_addresses(table.addresses),
-        members=tuple(sorted(chain.from_iterable(source.prefixes for source in sources))),
+        members=tuple(ascending(chain.from_iterable(source.prefixes for source in sources))),
         next_hop=sorted_addresses(table.next_hop) if isinstance(table.next_hop, list) else table.next_hop,
         when_down=table.when_down,
         masquerade=table.masquerade,
@@ -180,4 +181,4 @@ def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
         if identity.flush_flows:
             fields["flush_flows"] = True
         yield json.dumps(fields, sort_keys=True), "\n"
-        yield (f"{family} {address:x}/{length}\n" for family, address, length in identity.members)
+        yield [f"{family} {address:x}/{length}\n" for family, address, length in identity.members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -361,6 +362,12 @@ def test_help(idmark: Idmark, words: list[str]) -> None:
     if words == ["--help"]:
         assert all(f" {verb} " in ran.out for verb in (*VERBS, "remove", "schema", "lab"))
         assert "0 in force or nothing found, 1 differs or something found, 2 trouble" in " ".join(ran.out.split())
+
+
+def test_the_collector_of_cycles_goes_on(idmark: Idmark) -> None:
+    """A verb does without the collector, and leaves it as it was to whoever called it."""
+    assert idmark("check").code == 0
+    assert gc.isenabled()
 
 
 def test_reader_gone(tmp_path: Path) -> None:
