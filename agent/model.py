@@ -15,7 +15,7 @@ Address = IPv4Address | IPv6Address
 #: The routing protocol number of everything that is ours (deploy/rt_protos.d names it "idmark").
 PROTOCOL = 73
 #: Routing tables that the kernel gives a meaning of its own (linux/rtnetlink.h, enum rt_class_t).
-TABLE_MAIN = 254
+TABLE_MAIN, TABLE_LOCAL = 254, 255
 #: The largest metric there is: a route with it is the last resort of its table.
 METRIC_LAST = 0xFFFFFFFF
 
