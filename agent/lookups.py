@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.desired import Desired
@@ -26,7 +26,8 @@ ANYWHERE: Mapping[Family, Address] = {Family.IPV4: parse_address("192.0.0.8"), F
 class Question:
     """A packet of an identity's, and which way it is to go: one of those that are wanted."""
 
-    identity: Identity
+    # To hash it takes as long as it has members.
+    identity: Identity = field(hash=False)
     destination: Address
     wanted: tuple[Fate, ...]
     fwmark: int = 0
