@@ -606,6 +606,7 @@ class _Doors:
     def __init__(self, world: World) -> None:
         self._world, self._wanted = world, world.wanted
         self._downstream = None if world.policy.downstream is None else frozenset(world.policy.downstream)
+        self._behind = Question(("oif",), self._is_downstream, known={})
         self._diversion = Question(("mark", "oif"), self._diverted, self._diverting, {})
         self._translation = Question(("mark", "oif"), self._roads, self._translating, {})
         self._marked = frozenset(mark for mark in world.carried if mark & world.mask in world.marks)
@@ -695,7 +696,7 @@ class _Doors:
             return True, []
         if given.within("oif", frozenset({owner.link})):
             return True, _count(world, owner.name, "transmit")
-        if given.tell(("oif",), self._is_downstream):
+        if given.ask(self._behind):
             return True, []
         enforce = world.policy.kernel.enforce
         return not enforce, _count(world, owner.name, "misrouted-dropped" if enforce else "misrouted-passed")
