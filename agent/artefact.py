@@ -18,6 +18,9 @@ from agent.model import GOTO, LOOKUP, NOP, UNREACHABLE, Family, Fwmark, Hook, Ho
 from agent.render import ROUTING, RULESET
 
 ALL_BITS = 0xFFFFFFFF
+#: Understood as a whole, and left out: of what arrives in the host's own name no packet is expected to pass, and that
+#: some don't can lead none astray.
+FROM_OUR_OWN = 'meta nfproto ipv4 fib saddr type local iifname != "lo" meta pkttype host drop'
 
 
 class ArtefactError(IdmarkError):
@@ -305,6 +308,8 @@ class _Ruleset:
         raise self._wrong(f"chain {name} has no end")
 
     def _line(self, text: str, comment: str) -> Line:
+        if text == FROM_OUR_OWN:
+            return Line((), None, text, comment)
         words = TOKEN.findall(text)
         matches: list[Match] = []
         counter = ""

@@ -347,6 +347,12 @@ class KernelTable(_Table):
         description='Whether anything on this host translates addresses: "auto" is what the host shows. Where nothing '
         "does, no rule asks for the connection of a packet, and the kernel need not track any.",
     )
+    drop_own_sources: bool | None = Field(
+        default=_KERNEL.drop_own_sources,
+        description="Drop what arrives over IPv4 with one of this host's own addresses as its source. The kernel finds "
+        "that out by a second walk through all rules for every packet; with this it may be told not to, by sysctl: "
+        "accept_local = 1 on links whose rp_filter is 0.",
+    )
 
 
 class Document(_Table):

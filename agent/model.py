@@ -145,7 +145,8 @@ class Kernel:
     """The `[kernel]` section: where in the kernel's name spaces we live.
 
     `way_bits` are the upper bits of the mask that tell ways out apart; 0: identities do. `nat` is whether anything on
-    the host translates addresses; None for "auto".
+    the host translates addresses; None for "auto". `drop_own_sources`: our table, and not the kernel's lookup of the
+    way back, drops what arrives in the host's own name.
     """
 
     mark_mask: int = 0x3F000000
@@ -156,6 +157,7 @@ class Kernel:
     enforce: bool = True
     nat: bool | None = None
     way_bits: int = 0
+    drop_own_sources: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def _canonical(policy: Policy) -> Iterator[str]:
     """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
     # Keys that came later stand here only if they say something: what was approved before has its old digest.
     kernel = asdict(policy.kernel)
-    for key in ("nat", "way_bits"):
+    for key in ("nat", "way_bits", "drop_own_sources"):
         if kernel[key] == getattr(Kernel(), key):
             del kernel[key]
     frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": kernel}

@@ -1291,6 +1291,15 @@ def test_nat(write: Write, words: str, nat: bool | None) -> None:
     assert (found.digest == load(write()).digest) == (nat is None)
 
 
+def test_drop_own_sources(write: Write) -> None:
+    """The digest of a policy that doesn't say it is what it was before there was the key."""
+    digests = [
+        load(write(changed(("enforce = true", f"enforce = true\n{words}")))).digest
+        for words in ("", "drop_own_sources = false", "drop_own_sources = true")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize("value", ["1", '"no"', "[]", "0"])
 def test_bad_nat(write: Write, value: str) -> None:
     """Anything but "auto", true and false is refused with these words, a number too."""

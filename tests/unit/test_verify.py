@@ -362,6 +362,31 @@ def test_translations_that_nothing_asks_for() -> None:
     assert "a reply of a connection made to" in told(proof(render.files(desire(PLAIN_POLICY, FACTS))))
 
 
+OWN_SOURCES = desire(replace(PLAIN_POLICY, kernel=Kernel(nat=False, drop_own_sources=True)), FACTS)
+
+
+def test_own_sources_dropped() -> None:
+    """That nobody may claim to be this host leads no packet astray."""
+    files = render.files(OWN_SOURCES)
+    assert "fib saddr type local" in files[NFT]
+    assert told(proof(files, OWN_SOURCES)) == ""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(('iifname != "lo" meta pkttype', "meta pkttype"), id="what-the-host-says-to-itself"),
+        pytest.param(("pkttype host drop", "pkttype host accept"), id="accept"),
+        pytest.param(("type local", "type unicast"), id="everybody-else"),
+    ],
+)
+def test_own_sources_in_other_words(changed: tuple[str, str]) -> None:
+    """Nothing else is known about the addresses of this host: it is refused."""
+    files = render.files(OWN_SOURCES)
+    with pytest.raises(artefact.ArtefactError, match="fib saddr type"):
+        artefact.read({**files, NFT: files[NFT].replace(*changed)})
+
+
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
