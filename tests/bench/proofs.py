@@ -1,4 +1,4 @@
-"""What a proof costs: `idmark verify`, from start to end, of policies that grow.
+"""What a proof costs: `./dev bench proofs`. `idmark verify`, from start to end, of policies that grow.
 
 With many identities, each on a link of its own or all on two; with many prefixes, flat or nested at random in many
 lengths. Nothing of it needs a kernel.
@@ -90,7 +90,7 @@ def proofs(effort: Effort, directory: Path, report: Report) -> None:
 
 def main() -> int:
     """Always 0: it only tells."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.proofs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./dev bench proofs", description=__doc__)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     measured("proofs", __doc__, {"proofs": proofs}, ["proofs"], QUICK if arguments.quick else FULL)
