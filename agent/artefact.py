@@ -130,6 +130,16 @@ class Named:
             if first <= last:
                 raise ValueError("conflicting intervals")
         self._firsts = [first for first, _, _ in self.spans]
+        self._beside: dict[object, frozenset[tuple[object, str]]] = {}
+
+    def beside(self, first: object) -> frozenset[tuple[object, str]]:
+        """Of keys with two parts, by the first one: the second ones that stand beside it, with the values."""
+        if not self._beside:
+            beside: dict[object, list[tuple[object, str]]] = {}
+            for (one, another), value in self.exact.items():
+                beside.setdefault(one, []).append((another, value))
+            self._beside = {one: frozenset(others) for one, others in beside.items()}
+        return self._beside.get(first, frozenset())
 
     def find(self, key: tuple[object, ...]) -> str | None:
         """The value of a key, "" in a set; None: it isn't there."""

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from agent.document import Document, IdentityTable, KernelTable
 from agent.faults import Fault, dotted, plain
-from agent.model import Family, Prefix
+from agent.model import Family, Identity, Prefix
 from agent.toml_lines import Lines, Place
 from agent.values import ListFile, parse_source
 
@@ -180,3 +180,14 @@ class Draft:
             for name, table in self.identities
             if name not in unknown
         ]
+
+
+def way_of(identity: Identity | IdentityTable) -> tuple[object, ...] | None:
+    """What makes a way out that identities may share; None: it has a way of its own.
+
+    Who has addresses of its own, or a probe, does: a source for it, a say on whether it is open.
+    """
+    if identity.addresses is None or len(identity.addresses) or identity.probe:
+        return None
+    hops = identity.next_hop
+    return (identity.link, hops if hops is None or isinstance(hops, str) else frozenset(hops), identity.when_down)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,8 @@ ANYWHERE: Mapping[Family, Address] = {Family.IPV4: parse_address("192.0.0.8"), F
 class Question:
     """A packet of an identity's, and which way it is to go: one of those that are wanted."""
 
-    identity: Identity
+    # To hash it takes as long as it has members.
+    identity: Identity = field(hash=False)
     destination: Address
     wanted: tuple[Fate, ...]
     fwmark: int = 0

@@ -15,7 +15,7 @@ from typing import Any
 from agent import IdmarkError
 from agent.checks import CHECKS, WARNINGS
 from agent.document import read_document
-from agent.draft import Draft, UnreadableError, read_text
+from agent.draft import Draft, UnreadableError, read_text, way_of
 from agent.faults import Fault, in_order
 from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
 from agent.prefixes import ascending
@@ -96,30 +96,22 @@ def _policy(draft: Draft) -> Policy:
 
 
 def _on_ways(kernel: Kernel, identities: Sequence[Identity]) -> Iterator[Identity]:
-    """Identities that share a way out, with the first one's table and the way's number in their fwmarks.
-
-    Who has addresses of its own, or a probe, has a way of its own too: a source for it, a say on whether it is open.
-    """
+    """Identities that share a way out, with the first one's table and the way's number in their fwmarks."""
     ways: dict[object, list[Identity]] = {}
-    for identity in identities:
-        if kernel.way_bits and identity.addresses == () and not identity.probe:
-            ways.setdefault(way_of(identity), []).append(identity)
-    numbers = {way: number for number, way in enumerate((w for w, on in ways.items() if len(on) > 1), start=1)}
+    for identity in identities if kernel.way_bits else ():
+        if key := way_of(identity):
+            ways.setdefault(key, []).append(identity)
+    shared = [on for on in ways.values() if len(on) > 1]
+    numbers = {identity.name: (number, on[0]) for number, on in enumerate(shared, start=1) for identity in on}
     unit, mask = kernel.mark_mask & -kernel.mark_mask, way_mask(kernel)
     for identity in identities:
-        number = numbers.get(way_of(identity), 0) if identity.addresses == () and not identity.probe else 0
+        number, first = numbers.get(identity.name, (0, identity))
         if number:
-            first = ways[way_of(identity)][0]
             way = Fwmark(number * (mask & -mask), mask)
             fwmark = Fwmark(way.value | identity.id * unit, kernel.mark_mask)
             yield replace(identity, fwmark=fwmark, table=first.table, priority=first.priority, way=way)
         else:
             yield identity
-
-
-def way_of(identity: Identity) -> tuple[object, ...]:
-    """What makes a way out."""
-    return (identity.link, identity.next_hop, identity.when_down)
 
 
 def way_mask(kernel: Kernel) -> int:
