@@ -401,16 +401,19 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
             *closing,
             *add_routes,
             *adding,
-            *(
-                Load(name, (f"add table inet {name}", f"delete table inet {name}", text))
-                for name, text in sorted(listings.items())
-            ),
+            *(replacement(name, text) for name, text in sorted(listings.items())),
             *map(_delete_table, sorted(gone)),
             *deleting,
             *delete_routes,
             *(SetSrcValidMark(link, False) for link in sorted(now.src_valid_mark_ours - before.src_valid_mark_ours)),
         )
     )
+
+
+def replacement(name: str, listing: str) -> Load:
+    """A table as it was listed in the place of what is there by that name; no listing, no table."""
+    # `add` before `delete`: it goes whether it is there or not.
+    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing))
 
 
 def _tables(observed: Observed) -> tuple[str, ...]:
