@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -64,7 +63,6 @@ ADDRESSES = {f"{family}_addr": family for family in Family}
 #: More elements than this are not read back at every look; but again after so many times what that took (a million: a
 #: quarter of an hour), and when there are more or less.
 TRUSTED, TRUST = 4096, 50
-MODULES = Path("/proc/modules")
 #: libnftnl's userdata of a rule: type, length, value; type 0 is the comment (libnftnl/udata.h).
 UDATA_COMMENT = 0
 
@@ -108,14 +106,14 @@ class Nfnl:
         return number(attributes(answer[len(NFGENMSG) :])[GEN_ID])
 
     def translates(self, but: str) -> bool:
-        """Whether a chain of another table than this one of ours translates addresses, or iptables-legacy may."""
+        """Whether a chain of another table than this one of ours translates addresses."""
         before = self.generation()
         if self._nat[:2] != (but, before):
             answers = self._netlink.dump("list the nft chains", NFNL_SUBSYS_NFTABLES << 8 | GETCHAIN, NFGENMSG_ALL)
             chains = [attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers]
             nat = (text(chain[OF_TABLE]) for chain in chains if text(chain.get(CHAIN_TYPE, b"")) == "nat")
             self._nat = but, before, any(table != but for table in nat)
-        return self._nat[2] or _legacy_nat()
+        return self._nat[2]
 
     def tables(self) -> tuple[str, ...]:
         """The names of the tables of family inet."""
@@ -342,18 +340,6 @@ class Nfnl:
         """The attributes of each message of a dump."""
         answers = self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | kind, NFGENMSG + body)
         return (attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers)
-
-
-def _legacy_nat() -> bool:
-    """Whether the modules of iptables-legacy's nat tables are there, which nf_tables doesn't show.
-
-    Not by /proc/net/ip_tables_names: that is root's, and the agent need not be root.
-    """
-    try:
-        modules = MODULES.read_text(encoding="ascii", errors="replace")
-    except OSError:  # a kernel without modules
-        return False
-    return any(line.startswith(("iptable_nat ", "ip6table_nat ")) for line in modules.splitlines())
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
