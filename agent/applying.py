@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from agent import IdmarkError, history, ledger, lookups, reconcile, session, snapshot, source, state, trial, watchman
 from agent.desired import NOBODY
-from agent.kernel import runtime
+from agent.kernel import KernelError, runtime
 from agent.model import Policy
 from agent.plan import Plan
 from agent.policy import PolicyError
@@ -70,10 +71,13 @@ def nothing_pending(kernel: Seams) -> tuple[str, ...]:
     return ()
 
 
-def kept() -> Policy | None:
-    """The policy that is to be in force now: the daemon's, or that of the last apply; None: none that can be read."""
+def kept(likely: Policy | None = None) -> Policy | None:
+    """The policy that is to be in force now: the daemon's, or that of the last apply; None: none that can be read.
+
+    `likely`: as in state.load().
+    """
     at_work = ledger.current()
-    for read in (state.load, source.handed_over):
+    for read in (partial(state.load, likely), source.handed_over):
         try:
             policy = read()
         except PolicyError:
@@ -124,7 +128,7 @@ def apply(
     """
     if not seen.plan.steps and before and before.digest == policy.digest:
         source.hand_over(policy)
-        return Applied(0, seen.plan, False, _kept_over_boot(policy, order))
+        return Applied(0, seen.plan, False, (*_known(policy, kernel), *_kept_over_boot(policy, order)))
     net = _Net(policy, seen, before, kernel, down=down, order=order)
     changes, left = 0, seen.plan
     try:
@@ -132,11 +136,12 @@ def apply(
         for _attempt in range(1 if order.once else PASSES):
             reconcile.apply(left, kernel)
             changes += len(left.steps)
-            left = reconcile.look(policy, kernel, down).plan
+            seen = reconcile.look(policy, kernel, down)
+            left = seen.plan
             if not left.steps:
                 break
         if order.recorded and changes and not left.steps:
-            left = verify(policy, kernel, down)
+            left = verify(policy, kernel, down, seen)
         # Before the lock is free: what has been applied is what a daemon keeps from now on.
         source.hand_over(policy)
         waiting = net.hold()
@@ -147,6 +152,8 @@ def apply(
             raise ApplyError(f"{error}\n{words}") from error
         raise
     notes = net.notes if waiting else (*net.notes, *_kept_over_boot(policy, order))
+    if not left.steps:
+        notes = (*notes, *_known(policy, kernel))
     return Applied(changes, left, waiting, notes)
 
 
@@ -232,22 +239,33 @@ class _Net:
             self.notes = (*self.notes, str(error))
 
 
-def verify(policy: Policy, kernel: Seams, down: Mapping[str, str]) -> Plan:
+def verify(policy: Policy, kernel: Seams, down: Mapping[str, str], seen: Look | None = None) -> Plan:
     """Ask the kernel for its own routes; what differs again. Raises DisagreesError, KernelError.
 
-    Where something differs again nothing is proved against the policy: that is somebody's doing, and is told as such.
+    `seen` is a look that was made just now, if one was. Where something differs again nothing is proved against the
+    policy: that is somebody's doing, and is told as such.
     """
     for attempt in range(ASKED):
         if attempt:
             time.sleep(BETWEEN)
         # Afresh each time: a link that has just gone has taken its route along, and nothing is wrong then.
-        faults = lookups.faults(reconcile.look(policy, kernel, down).desired, kernel.rtnl)
+        now = reconcile.look(policy, kernel, down) if attempt or seen is None else seen
+        faults = lookups.faults(now.desired, kernel.rtnl)
         if not faults:
             return Plan(())
     left = reconcile.look(policy, kernel, down).plan
     if not left.steps:
         raise DisagreesError("\n".join(("the kernel does not route as is wanted:", *faults)))
     return left
+
+
+def _known(policy: Policy, kernel: Seams) -> tuple[str, ...]:
+    """Once all is as it should be: then no rule of the table is a stranger's, who might let packets change sets."""
+    try:
+        reconcile.leave_known(policy.kernel.nft_table, kernel)
+    except KernelError as error:
+        return (str(error),)
+    return ()
 
 
 def _kept_over_boot(policy: Policy, order: Order) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
 
@@ -53,13 +53,13 @@ def _set_lines(nft_set: NftSet) -> list[str]:
     lines = [*_comment(nft_set.about), f"{nft_set.keyword} {nft_set.name} {{", f"    {_type(nft_set)}"]
     lines += [f"    # {words}" for words in nft_set.pending]
     if nft_set.elements:
-        lines += ["    elements = {", *(f"        {_element(element)}," for element in nft_set.elements), "    }"]
+        lines += ["    elements = {", *(f"        {words}," for words in _words(nft_set.elements)), "    }"]
     return [*lines, "}"]
 
 
-def _element(element: tuple[str, str]) -> str:
-    key, value = element
-    return f"{key} : {value}" if value else key
+def _words(elements: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Each element as nft reads it."""
+    return (f"{key} : {value}" if value else key for key, value in elements)
 
 
 def _documented(chain: Chain) -> list[str]:
@@ -141,6 +141,8 @@ def difference(wanted: NftSet, present: NftSet | None) -> ElementChange:
         there = have if isinstance(have, Addresses) else Addresses(want.family)
         if want == there:
             return ElementChange(wanted.name, wanted.key, (), ())
+        if not there:  # a million are not compared with none
+            return ElementChange(wanted.name, wanted.key, there, want)
         return ElementChange(wanted.name, wanted.key, there.without(want), want.without(there))
     old, new = dict(have), dict(want)
     return ElementChange(
@@ -165,7 +167,7 @@ def change_commands(name: str, change: ElementChange) -> Iterator[str]:
     if change.gone:
         yield f"delete element inet {name} {change.set} {{ {', '.join(key for key, _ in change.gone)} }}"
     if change.new:
-        yield f"add element inet {name} {change.set} {{ {', '.join(map(_element, change.new))} }}"
+        yield f"add element inet {name} {change.set} {{ {', '.join(_words(change.new))} }}"
 
 
 def _names(items: Iterable[Chain | NftSet]) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError
+from agent.kernel import modules
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import CONNECTED, Rtnl
 from agent.kernel.sysctl import Sysctls, index_of
@@ -41,7 +42,8 @@ def take(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> Facts:
         else:
             for link in there & set(policy.downstream):
                 routes.update(rtnl.main_routes(family, link=link))
-    nat = policy.kernel.nat is None and nfnl.translates(policy.kernel.nft_table)
+    kernel = policy.kernel
+    nat = kernel.nat is None and (nfnl.translates(kernel.nft_table) or modules.may_translate())
     return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))), nat)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from agent import commands, ruleset
+from agent import ruleset
 from agent.desired import Desired, priority_behind
 from agent.model import (
     GOTO,
@@ -18,7 +18,6 @@ from agent.model import (
     METRIC_LAST,
     NOP,
     UNREACHABLE,
-    ElementChange,
     Family,
     Fwmark,
     Prefix,
@@ -26,7 +25,9 @@ from agent.model import (
     Rule,
     Table,
 )
-from agent.stages import stages
+from agent.stages import Change, Load, stages
+
+__all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "removal", "replacement", "restoration"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class Observed:
     src_valid_mark_ours: frozenset[str] = frozenset()
     foreign_routes: tuple[Route, ...] = ()
     addresses: frozenset[Prefix] = frozenset()
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of all nft tables that are ours."""
+        return (*((self.table.name,) if self.table else ()), *self.other_tables)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,44 +137,6 @@ class SetSrcValidMark:
         return SetSrcValidMark(self.link, not self.on)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Elements of a table's sets, none of them intervals, that go and come."""
-
-    table: str
-    changes: tuple[ElementChange, ...]
-
-    def lines(self) -> Iterator[str]:
-        for change in self.changes:
-            for command in commands.change_commands(self.table, change):
-                yield f"{'-' if command.startswith('delete ') else '+'} nft {command}"
-
-    def inverse(self) -> Step:
-        return Change(self.table, tuple(replace(each, gone=each.new, new=each.gone) for each in self.changes))
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that.
-
-    `behind` are commands of an earlier step, without which nothing can be said of these.
-    """
-
-    table: str
-    commands: tuple[str, ...]
-    behind: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.commands) + "\n"
-
-    def lines(self) -> Iterator[str]:
-        for line in self.text.splitlines():
-            words = line.strip()
-            if words and not words.startswith("#"):
-                yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
-
-
 RuleStep = TypeVar("RuleStep", AddRule, DeleteRule)
 Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Change | Load
 
@@ -234,10 +202,9 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
-    handover = _handover(desired, observed, wanted)
-    closing = ruleset.closing(wanted.name, _closed_meanwhile(desired, observed)) if handover else ()
+    closing, handover = _handover(desired, observed, wanted)
     new_marks = (
-        *_table_steps(wanted, observed.table, rules_anew=handover),
+        *stages(wanted, observed.table, rules_anew=handover),
         *map(_delete_table, observed.other_tables),
     )
     taking_away = (*delete_rules, *delete_routes)
@@ -254,14 +221,6 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
     )
-
-
-def _table_steps(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Step]:
-    for stage in stages(wanted, present, rules_anew=rules_anew):
-        if stage.changes:
-            yield Change(wanted.name, stage.changes)
-        else:
-            yield Load(wanted.name, stage.commands, stage.behind)
 
 
 def _former(desired: Desired, observed: Observed) -> frozenset[Rule]:
@@ -301,20 +260,52 @@ def _wake(table: Table | None) -> Iterator[Load]:
         yield Load(table.name, (f"add table inet {table.name}",))
 
 
-def _handover(desired: Desired, observed: Observed, wanted: Table) -> bool:
-    """Whether a mark would meet another one's road on the way, or is closed already by a plan that was cut short."""
-    if observed.table is None:
-        return False
-    old, new = (observed.rules, observed.routes), (desired.rules, desired.routes)
-    strays = {*_strays(observed.table, wanted, old, new), *_strays(wanted, observed.table, new, old)}
-    return bool(strays) or ruleset.is_closing(observed.table)
+def _handover(desired: Desired, observed: Observed, wanted: Table) -> tuple[tuple[str, ...], bool]:
+    """Whether a mark would meet another one's road on the way, or is closed already by a plan that was cut short; and
+    before it the commands that close who would.
+    """
+    present = observed.table
+    if present is None:
+        return (), False
+    old, new = _Routing.of(observed.rules, observed.routes), _Routing.of(desired.rules, desired.routes)
+    astray = set(_strays(present, wanted, old, new))
+    if not (astray or any(_strays(wanted, present, new, old)) or ruleset.is_closing(present)):
+        return (), False
+    going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
+    masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
+    closed = (mark for mark in ruleset.roads(present) if mark in astray or going.tables(mark))
+    marks = (Fwmark(mark, mask) for mark in closed for mask in sorted(masks) if not mark & ~mask)
+    return ruleset.closing(wanted.name, marks), True
 
 
-#: Rules and routes that are in force together.
-Routing = tuple[Iterable[Rule], Iterable[Route]]
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """Rules and routes that are in force together, as far as they lead marks to defaults.
+
+    `looked_up`: by the rules' masks and values the tables; `defaults`: by table the links of its defaults.
+    """
+
+    looked_up: Mapping[int, Mapping[int, Set[int]]]
+    defaults: Mapping[int, Set[str]]
+
+    @classmethod
+    def of(cls, rules: Iterable[Rule], routes: Iterable[Route]) -> _Routing:
+        looked_up: dict[int, dict[int, set[int]]] = {}
+        for rule in rules:
+            if rule.fwmark:
+                by_value = looked_up.setdefault(rule.fwmark.mask, {})
+                by_value.setdefault(rule.fwmark.value, set()).add(rule.table)
+        defaults: dict[int, set[str]] = {}
+        for route in _best_defaults(routes):
+            defaults.setdefault(route.table, set()).update(hop.link for hop in route.hops)
+        return cls(looked_up, defaults)
+
+    def tables(self, mark: int) -> Set[int]:
+        """Where rules look for a mark's road."""
+        return frozenset[int]().union(*(values.get(mark & mask, ()) for mask, values in self.looked_up.items()))
 
 
-def _strays(table: Table, other: Table, own: Routing, others: Routing) -> Iterator[int]:
+def _strays(table: Table, other: Table, own: _Routing, others: _Routing) -> Iterator[int]:
     """The marks of a ruleset that its own rules or the other ones lead to a default, of either, by a wrong link.
 
     Enforcement would drop and count them as misrouted; it may be off. A link is right that the ruleset lets the mark
@@ -324,20 +315,17 @@ def _strays(table: Table, other: Table, own: Routing, others: Routing) -> Iterat
     elsewhere = ruleset.roads(other)
     for mark, roads in ruleset.roads(table).items():
         if mark in elsewhere and elsewhere[mark] != roads:
-            links = {roads.own, *_followed(mark, [own], [own])}
+            links = {roads.own, *_followed(mark, own)}
         else:
             links = {roads.own, *roads.detours}
-        if not set(_followed(mark, [own, others], [own, others])) <= links:
+        if not _followed(mark, own, others) <= links:
             yield mark
 
 
-def _followed(mark: int, rules_of: Iterable[Routing], routes_of: Iterable[Routing]) -> Iterator[str]:
-    """The links of the defaults that rules lead a mark to."""
-    tables = {rule.table for rules, _ in rules_of for rule in rules if _names(rule, mark)}
-    for _, routes in routes_of:
-        for route in _best_defaults(routes):
-            if route.table in tables:
-                yield from (hop.link for hop in route.hops)
+def _followed(mark: int, *routings: _Routing) -> set[str]:
+    """The links of the defaults that rules lead a mark to, of any of them."""
+    tables = {table for routing in routings for table in routing.tables(mark)}
+    return {link for routing in routings for table in tables for link in routing.defaults.get(table, ())}
 
 
 def _best_defaults(routes: Iterable[Route]) -> Iterable[Route]:
@@ -349,30 +337,13 @@ def _best_defaults(routes: Iterable[Route]) -> Iterable[Route]:
     return best.values()
 
 
-def _closed_meanwhile(desired: Desired, observed: Observed) -> Iterator[Fwmark]:
-    """The marks that are there and stray, or are about to lose a rule."""
-    if observed.table is None:
-        return
-    going = [rule for rule in observed.rules if rule not in desired.rules]
-    masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    old, new = (observed.rules, observed.routes), (desired.rules, desired.routes)
-    strays = set(_strays(observed.table, ruleset.table(desired), old, new))
-    for mark in ruleset.roads(observed.table):
-        if mark in strays or any(_names(rule, mark) for rule in going):
-            yield from (Fwmark(mark, mask) for mask in sorted(masks) if not mark & ~mask)
-
-
-def _names(rule: Rule, mark: int) -> bool:
-    return rule.fwmark is not None and mark & rule.fwmark.mask == rule.fwmark.value
-
-
 def removal(observed: Observed) -> Plan:
     """How to take away all that is ours: it needs no policy."""
     rules, guards = _apart(_rule_steps(frozenset(), observed.rules)[1])
     return Plan(
         (
             *guards,
-            *map(_delete_table, _tables(observed)),
+            *map(_delete_table, observed.tables),
             *rules,
             *map(DeleteRoute, sorted(observed.routes, key=_deletion_order)),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours)),
@@ -389,7 +360,7 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
     add_routes, delete_routes = _route_steps(before.routes, now.routes)
     adding, deleting = _rule_steps(frozenset(before.rules), now.rules)
     names = {table.name for table in (before.table, now.table) if table}
-    gone = [name for name in (*names, *now.other_tables) if name not in listings and name not in _tables(before)]
+    gone = [name for name in (*names, *now.other_tables) if name not in listings and name not in before.tables]
     closing: list[Step] = []
     if now.table and now.table.name in (*listings, *gone):
         masks = {rule.fwmark.mask for rule in now.rules if rule.fwmark}
@@ -401,10 +372,7 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
             *closing,
             *add_routes,
             *adding,
-            *(
-                Load(name, (f"add table inet {name}", f"delete table inet {name}", text))
-                for name, text in sorted(listings.items())
-            ),
+            *(replacement(name, text) for name, text in sorted(listings.items())),
             *map(_delete_table, sorted(gone)),
             *deleting,
             *delete_routes,
@@ -413,8 +381,10 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
     )
 
 
-def _tables(observed: Observed) -> tuple[str, ...]:
-    return (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
+def replacement(name: str, listing: str) -> Load:
+    """A table as it was listed in the place of what is there by that name; no listing, no table."""
+    # `add` before `delete`: it goes whether it is there or not.
+    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing))
 
 
 def _delete_table(name: str) -> Load:

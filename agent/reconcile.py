@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from agent import IdmarkError, model, ruleset
 from agent import facts as host
 from agent.desired import NOBODY, Desired, desire
-from agent.kernel import KernelError, runtime
+from agent.kernel import KernelError, known, runtime
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
@@ -32,6 +32,7 @@ from agent.plan import (
     closes,
     plan,
     removal,
+    replacement,
 )
 
 
@@ -67,7 +68,7 @@ class Seams:
 @contextmanager
 def opened() -> Iterator[Seams]:
     """The seams to the kernel of this thread's namespace. Raises KernelError."""
-    with Rtnl() as rtnl, Nfnl() as nfnl, Nfset() as nfset:
+    with Rtnl() as rtnl, Nfnl(known.left) as nfnl, Nfset() as nfset:
         yield Seams(rtnl, nfnl, nfset, Nft(), Sysctls(runtime.directory() / "src_valid_mark.json"))
 
 
@@ -135,10 +136,10 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         for step in chosen.steps:
             if isinstance(step, Load):
                 kernel.nft.check("\n".join((*step.behind, step.text)))
-        made: set[str] = set()
+        before = _Before(kernel)
         for step in chosen.steps:
             with signals_held():
-                back = _before(step, kernel, made)
+                back = before.back_from(step)
                 _take(step, kernel)
                 undo += [back] if back else []
     except BaseException as error:  # also Ctrl-C and the like: never a mixture
@@ -189,6 +190,13 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def leave_known(table: str, kernel: Seams) -> None:
+    """Leave what large sets hold to the next process, if that is certain and new. Raises KernelError."""
+    certain = kernel.nfnl.certain(table)
+    if certain:
+        known.leave(certain)
+
+
 def remove(kernel: Seams) -> Plan:
     """Take away all that is ours, and say what that was; it needs no policy. Raises KernelError or ApplyError."""
     taken = removal(observe(kernel, model.Kernel().nft_table, Facts()))
@@ -199,21 +207,43 @@ def remove(kernel: Seams) -> Plan:
     return taken
 
 
-def _before(step: Step, kernel: Seams, made: set[str]) -> Step | None:
-    """The step back. Only the kernel knows what an nft transaction is going to change: its table is listed before.
+class _Before:
+    """How things are before each step of a plan.
 
-    `made` are the tables that this plan has made itself, which go as a whole.
+    Only the kernel knows what an nft transaction is going to change, and its table is listed before, which takes
+    seconds where sets are large: once for all the steps on it that follow one another. When something else lies between
+    two of them, a rule, say, each has to be taken back in its turn.
     """
-    if isinstance(step, Load | Change) and step.table in made:
+
+    def __init__(self, kernel: Seams) -> None:
+        self._kernel = kernel
+        # Tables that this plan has made itself, which go as a whole; and those that the steps back restore already.
+        self._made: set[str] = set()
+        self._listed: set[str] = set()
+
+    def back_from(self, step: Step) -> Step | None:
+        """The step back; None: an earlier one leads there. Raises KernelError."""
+        if not isinstance(step, Load | Change):
+            self._listed.clear()
+            return step.inverse()
+        name = step.table
+        if name in self._made | self._listed:
+            return None
+        if isinstance(step, Change):
+            return step.inverse()
+        if deletes := _plain_inverse(step):
+            return deletes
+        listing = self._kernel.nft.text(name) if name in self._kernel.nfnl.tables() else None
+        (self._made if listing is None else self._listed).add(name)
+        return replacement(name, listing or "")
+
+
+def _plain_inverse(step: Load) -> Load | None:
+    """Of a transaction that only adds counters."""
+    words = [command.split() for command in step.commands]
+    if any(each[:2] != ["add", "counter"] for each in words):
         return None
-    if not isinstance(step, Load):
-        return step.inverse()
-    name = step.table
-    listing = kernel.nft.text(name)
-    if listing is None:
-        made.add(name)
-    # `add` and `delete` in front: it goes whether it is there or not.
-    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing or ""))
+    return Load(step.table, tuple(" ".join(["delete", *each[1:]]) for each in words))
 
 
 def _take(step: Step, kernel: Seams) -> None:
@@ -233,11 +263,11 @@ def _take(step: Step, kernel: Seams) -> None:
         case SetSrcValidMark(link, False):
             kernel.sysctls.restore_src_valid_mark(link)
         case Change(table, changes):
-            with kernel.nfnl.changing(table, changes):
-                kernel.nfset.change(table, changes)
+            with kernel.nfnl.changing(table, changes) as tell:
+                tell(kernel.nfset.change(table, changes))
         case Load():
-            kernel.nfnl.loaded(step.table, step.text)
-            kernel.nft.load(step.text)
+            with kernel.nfnl.loading(step.table, step.text):
+                kernel.nft.load(step.text)
 
 
 def _take_back(undo: list[Step], kernel: Seams) -> list[str]:

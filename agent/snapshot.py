@@ -76,7 +76,7 @@ def take(kernel: Seams, kept: Policy | None, down: Mapping[str, str] = NOBODY) -
         routes=found.routes,
         rules=found.rules,
         src_valid_mark=found.src_valid_mark_ours,
-        tables={name: kernel.nft.text(name) or "" for name in _names(found)},
+        tables={name: kernel.nft.text(name) or "" for name in found.tables},
         policy=state.text(kept) if kept else "",
     )
 
@@ -108,7 +108,7 @@ def _taken(plan: Plan, kernel: Seams) -> list[str]:
 
 def _restore_exactly(before: Snapshot, kernel: Seams) -> list[str]:
     now = _observed(kernel)
-    counts = {name: kernel.nfnl.counts(name) for name in _names(now)}
+    counts = {name: kernel.nfnl.counts(name) for name in now.tables}
     listings = {}
     for name, text in before.tables.items():
         if uncounted(kernel.nft.text(name) or "") != uncounted(text):
@@ -122,10 +122,6 @@ def _restore_exactly(before: Snapshot, kernel: Seams) -> list[str]:
 
 def _observed(kernel: Seams) -> Observed:
     return reconcile.observe(kernel, model.Kernel().nft_table, Facts())
-
-
-def _names(observed: Observed) -> tuple[str, ...]:
-    return (*((observed.table.name,) if observed.table else ()), *observed.other_tables)
 
 
 def uncounted(listing: str) -> str:

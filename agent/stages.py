@@ -7,80 +7,131 @@ new rules ask is there before them, and what old rules ask goes after them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from agent import commands
 from agent.model import Addresses, Chain, ElementChange, NftSet, Table
 
-#: Chains that elements point to.
-OF_IDENTITIES = ("id-", "left-", "arrived-")
+#: How the names of chains begin that elements lead to: they are filled before any element comes.
+LED_TO = ("id-", "left-", "arrived-")
 #: So many elements are not put in with the rules that ask for them, even where there were no rules before.
 BULK = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One nft transaction (`commands`), or changes of elements. `behind` are the commands that have to come first."""
+class Change:
+    """Elements of a table's sets, none of them intervals, that go and come."""
 
-    commands: tuple[str, ...] = ()
-    changes: tuple[ElementChange, ...] = ()
+    table: str
+    changes: tuple[ElementChange, ...]
+
+    def lines(self) -> Iterator[str]:
+        for change in self.changes:
+            for command in commands.change_commands(self.table, change):
+                yield f"{'-' if command.startswith('delete ') else '+'} nft {command}"
+
+    def inverse(self) -> Change:
+        return Change(self.table, tuple(replace(each, gone=each.new, new=each.gone) for each in self.changes))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that.
+
+    `behind` are commands of an earlier step, without which nothing can be said of these.
+    """
+
+    table: str
+    commands: tuple[str, ...]
     behind: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        return "\n".join(self.commands) + "\n"
 
-def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Stage]:
+    def lines(self) -> Iterator[str]:
+        for line in self.text.splitlines():
+            words = line.strip()
+            if words and not words.startswith("#"):
+                yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
+
+
+def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Change | Load]:
     """What to do, in order; nothing if the tables are the same."""
     if present is None or not present.chains:
         yield from _from_nothing(wanted, present)
         return
     name = wanted.name
     there = {nft_set.name: nft_set for nft_set in present.sets}
-    fitting = {s.name for s in wanted.sets if s.name in there and there[s.name].type == s.type}
-    changes = {s.name: commands.difference(s, there[s.name]) for s in wanted.sets if s.name in fitting}
-    # Intervals change in nft's way, and somebody's element for all others, *, which has no key.
-    odd = {s.name for s in wanted.sets if s.interval or any(key == "*" for key, _ in _gone(changes.get(s.name)))}
-    plain = [change for change in changes.values() if change.set not in odd and (change.gone or change.new)]
-    right = {s.name: s for s in wanted.sets if s.name in fitting}
-    equal = replace(present, sets=tuple(_with_elements(s, right.get(s.name)) for s in present.sets))
-    if not commands.transaction(wanted, equal, rules_anew=rules_anew):
-        yield from [Stage(changes=tuple(plain))] if plain else []
-        lines = [line for s in wanted.sets if s.name in odd for line in _element_lines(name, s, there.get(s.name))]
-        yield from [Stage(tuple(lines))] if lines else []
+    kept = {s.name: s for s in wanted.sets if s.name in there and there[s.name].type == s.type}
+    right = replace(present, sets=tuple(_with_elements(s, kept.get(s.name)) for s in present.sets))
+    if not commands.transaction(wanted, right, rules_anew=rules_anew):
+        yield from _elements_alone(name, [(nft_set, there[nft_set.name]) for nft_set in kept.values()])
         return
     # What stays changes with the rules: before them it may hide what they don't ask yet, or be said of marks that are
     # about to mean somebody else; after them what was there may be missing.
     new = [s for s in wanted.sets if s.name not in there]
     made = tuple(_made(wanted, present, new))
-    yield from [Stage(made)] if made else []
-    incoming = tuple(commands.difference(s, None) for s in new if s.elements and not s.interval)
-    yield from [Stage(changes=incoming)] if incoming else []
-    lines = [line for s in new if s.interval for line in _element_lines(name, s, None)]
-    yield from [Stage(tuple(lines), behind=made)] if lines else []
+    yield from _load(name, made)
+    yield from _change(name, [commands.difference(s, None) for s in new if not s.interval])
+    intervals = (line for s in new if s.interval for line in commands.element_changes(name, s, None))
+    yield from _load(name, intervals, behind=made)
     before = _with_made(present, wanted)
     rules = commands.transaction(_with_stale(wanted, before), before, rules_anew=rules_anew)
-    yield from [Stage(rules, behind=made)] if rules else []
-    cleared = tuple(_cleared(wanted, present))
-    if cleared:
-        yield Stage(cleared, behind=(*made, *rules))
+    yield from _load(name, rules, behind=made)
+    yield from _load(name, _cleared(wanted, present), behind=(*made, *rules))
 
 
-def _from_nothing(wanted: Table, present: Table | None) -> Iterator[Stage]:
+def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterator[Change | Load]:
+    """Where all else is right: the elements of sets, as they are wanted and as they are."""
+    changes, lines = list[ElementChange](), list[str]()
+    for wanted, present in kept:
+        change = commands.difference(wanted, present)
+        # Intervals change in nft's way, and somebody's element for all others, *, which has no key.
+        if wanted.interval or _has_all_others(change):
+            lines += commands.element_changes(name, wanted, present)
+        else:
+            changes.append(change)
+    yield from _change(name, changes)
+    yield from _load(name, lines)
+
+
+def _has_all_others(change: ElementChange) -> bool:
+    """Whether an element goes that has no key; a set of addresses has none of those."""
+    return not isinstance(change.gone, Addresses) and any(key == "*" for key, _ in change.gone)
+
+
+def _from_nothing(wanted: Table, present: Table | None) -> Iterator[Change | Load]:
     """Where no rules are nobody asks anything; large sets are filled first all the same, in portions."""
-    there = {nft_set.name: nft_set for nft_set in present.sets} if present else {}
+    name, there = wanted.name, {nft_set.name: nft_set for nft_set in present.sets} if present else {}
     bulk = [s for s in wanted.sets if isinstance(s.elements, Addresses)]
     bulk = [s for s in bulk if s.name not in there or there[s.name].type == s.type]
     if sum(len(nft_set.elements) for nft_set in bulk) <= BULK:
-        yield Stage(commands.transaction(wanted, present))
+        yield from _load(name, commands.transaction(wanted, present))
         return
     new = [s for s in bulk if s.name not in there]
-    made = (f"add table inet {wanted.name}", *(commands.declaration(wanted.name, nft_set) for nft_set in new))
-    yield Stage(made)
-    changes = tuple(c for s in bulk if (c := commands.difference(s, there.get(s.name))).gone or c.new)
-    yield from [Stage(changes=changes)] if changes else []
-    filled = {nft_set.name: nft_set for nft_set in bulk}
-    rest = tuple(s for s in (present.sets if present else ()) if s.name not in filled)
-    before = replace(present or Table(wanted.name), sets=(*rest, *bulk))
-    yield Stage(commands.transaction(wanted, before), behind=made)
+    made = (f"add table inet {name}", *(commands.declaration(name, nft_set) for nft_set in new))
+    yield from _load(name, made)
+    yield from _change(name, [commands.difference(s, there.get(s.name)) for s in bulk])
+    filled = {nft_set.name for nft_set in bulk}
+    rest = tuple(s for s in there.values() if s.name not in filled)
+    before = replace(present or Table(name), sets=(*rest, *bulk))
+    yield from _load(name, commands.transaction(wanted, before), behind=made)
+
+
+def _load(name: str, lines: Iterable[str], behind: tuple[str, ...] = ()) -> Iterator[Load]:
+    """One transaction, if there is anything to do."""
+    given = tuple(lines)
+    if given:
+        yield Load(name, given, behind)
+
+
+def _change(name: str, changes: Iterable[ElementChange]) -> Iterator[Change]:
+    """The changes that change something, if there are any."""
+    real = tuple(change for change in changes if change.gone or change.new)
+    if real:
+        yield Change(name, real)
 
 
 def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
@@ -91,7 +142,7 @@ def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
     yield from (f"add chain inet {name} {chain.name}" for chain in missing)
     yield from (commands.declaration(name, nft_set) for nft_set in new)
     for chain in missing:
-        if chain.name.startswith(OF_IDENTITIES):
+        if chain.name.startswith(LED_TO):
             yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
 
 
@@ -137,13 +188,3 @@ def _with_stale(wanted: Table, before: Table) -> Table:
 
 def _with_elements(nft_set: NftSet, of: NftSet | None) -> NftSet:
     return replace(nft_set, elements=of.elements) if of else nft_set
-
-
-def _element_lines(name: str, wanted: NftSet, present: NftSet | None) -> Iterator[str]:
-    fits = present is not None and present.type == wanted.type
-    return commands.element_changes(name, wanted, present if fits else None)
-
-
-def _gone(change: ElementChange | None) -> Iterator[tuple[str, str]]:
-    """What goes, where it may be anything: a set of addresses holds addresses."""
-    return iter(() if change is None or isinstance(change.gone, Addresses) else change.gone)

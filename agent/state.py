@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from agent import IdmarkError, folder
 from agent.kernel import netns, runtime
-from agent.model import Identity, Policy, Probe
+from agent.model import Identity, Policy, Prefix, Probe
 from agent.policy import load as load_policy
 
 #: systemd's StateDirectory= sets $STATE_DIRECTORY.
@@ -38,11 +39,16 @@ def save(policy: Policy) -> None:
     _put(NAME, text(policy), "keep the policy for the next boot in {}")
 
 
-def load() -> Policy | None:
-    """The policy that was kept last; None: none was yet. Raises PolicyError for one that the door no longer lets in."""
+def load(likely: Policy | None = None) -> Policy | None:
+    """The policy that was kept last; None: none was yet. Raises PolicyError for one that the door no longer lets in.
+
+    `likely` it is the one that is at hand: then it is that very value, and no million prefixes are read again.
+    """
     path = _path(NAME)
     try:
         found = path.exists()
+        if found and likely and path.read_bytes() == text(likely).encode():
+            return likely
     except OSError as error:
         raise StateError(f"look for the policy of last time in {path}: {error.strerror}") from error
     return load_policy(path) if found else None
@@ -165,13 +171,28 @@ def _name(number: tuple[int, int] | None) -> str | None:
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
 def text(policy: Policy) -> str:
-    """A policy as a file: every key that it has, all prefixes of its lists, one a line.
+    """A policy as a file: every key that it has, all prefixes of its lists, one a line."""
+    return _text(_Itself(policy))
 
-    It is asked for by history, trial and boot in turn, and a million prefixes take seconds.
-    """
-    return "".join(f"{line}\n" for line in _lines(policy))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Itself:
+    """A policy as a key to what was made of it: to compare a million members takes as long as to write them."""
+
+    policy: Policy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.policy is other.policy
+
+    def __hash__(self) -> int:
+        return id(self.policy)
+
+
+@lru_cache(maxsize=1)
+def _text(itself: _Itself) -> str:
+    """History, trial and boot ask for it in turn."""
+    return "\n".join([*_lines(itself.policy), ""])
 
 
 def _lines(policy: Policy) -> Iterator[str]:
@@ -205,8 +226,17 @@ def _identity_lines(identity: Identity) -> Iterator[str]:
         yield "flush_flows = true"
     if identity.members:
         yield "members = ["
-        yield from (f'    "{member}",' for member in identity.members)
+        yield from _member_lines(identity.members)
         yield "]"
+
+
+def _member_lines(members: Iterable[Prefix]) -> Iterator[str]:
+    """As str() has them, but for a million."""
+    text = socket.inet_ntop
+    for family, address, length in members:
+        bits = family.bits
+        words = text(family.number, address.to_bytes(bits >> 3, "big"))
+        yield f'    "{words}",' if length == bits else f'    "{words}/{length}",'
 
 
 def _probe(probe: Probe) -> str:

@@ -11,15 +11,15 @@ import math
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
 from agent.kernel.elements import VERDICTS, unpack
+from agent.kernel.known import Known, changed
 from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
 from agent.model import Addresses, Chain, Count, ElementChange, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
@@ -63,26 +63,32 @@ ADDRESSES = {f"{family}_addr": family for family in Family}
 #: More elements than this are not read back at every look; but again after so many times what that took (a million: a
 #: quarter of an hour), and when there are more or less.
 TRUSTED, TRUST = 4096, 50
-MODULES = Path("/proc/modules")
 #: libnftnl's userdata of a rule: type, length, value; type 0 is the comment (libnftnl/udata.h).
 UDATA_COMMENT = 0
 
 
-class _Known(NamedTuple):
-    """What a set held when it was read or written, and until when that is trusted (monotonic seconds)."""
+class _Held(NamedTuple):
+    """What a set held when it was read or written: for certain as of a generation, and nobody has committed since;
+    besides trusted until then (monotonic seconds) while it holds as many.
+    """
 
     addresses: Addresses
+    generation: int
     until: float
 
 
 class Nfnl:
     """A conversation with nf_tables in the namespace of the thread that opened it. Every method raises KernelError."""
 
-    def __init__(self) -> None:
+    def __init__(self, recall: Callable[[], Known | None] | None = None) -> None:
+        """`recall` gives what another process knew of large sets; it is asked at the first set of addresses."""
         self._netlink = Netlink(NETLINK_NETFILTER)
         self._read: tuple[str, int, Table | None] | None = None
         self._nat = ("", -1, True)
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._recall = recall
+        self._held: dict[tuple[str, str], _Held] = {}
+        # Between the last look and this generation all commits were our own; up to that one all is told.
+        self._alone = self._told = -1
         # Until then what was read last is trusted, as far as it was not read.
         self._until = math.inf
 
@@ -100,14 +106,14 @@ class Nfnl:
         return number(attributes(answer[len(NFGENMSG) :])[GEN_ID])
 
     def translates(self, but: str) -> bool:
-        """Whether a chain of another table than this one of ours translates addresses, or iptables-legacy may."""
+        """Whether a chain of another table than this one of ours translates addresses."""
         before = self.generation()
         if self._nat[:2] != (but, before):
             answers = self._netlink.dump("list the nft chains", NFNL_SUBSYS_NFTABLES << 8 | GETCHAIN, NFGENMSG_ALL)
             chains = [attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers]
             nat = (text(chain[OF_TABLE]) for chain in chains if text(chain.get(CHAIN_TYPE, b"")) == "nat")
             self._nat = but, before, any(table != but for table in nat)
-        return self._nat[2] or _legacy_nat()
+        return self._nat[2]
 
     def tables(self) -> tuple[str, ...]:
         """The names of the tables of family inet."""
@@ -125,9 +131,11 @@ class Nfnl:
             if self._read and self._read[:2] == (name, before) and time.monotonic() < self._until:
                 return self._read[2]
             self._until = math.inf
-            found = self._table(name)
-            if self.generation() == before or (attempt and found == last):
+            found = self._table(name, before)
+            undisturbed = self.generation() == before
+            if undisturbed or (attempt and found == last):
                 self._read = (name, before, found)
+                self._alone = before if undisturbed else -1
                 return found
             last = found
         raise KernelError(f"read nft table inet {name}", f"somebody changed it while it was read, {ATTEMPTS} times")
@@ -159,7 +167,7 @@ class Nfnl:
         doing = f"read the handle of nft table inet {name}"
         return next((number(item[TABLE_HANDLE]) for item in self._dump(doing, GETTABLE, name)), 0)
 
-    def _table(self, name: str) -> Table | None:
+    def _table(self, name: str, generation: int) -> Table | None:
         doing = f"read nft table inet {name}"
         flags = next((number(item[TABLE_FLAGS]) for item in self._dump(doing, GETTABLE, name)), None)
         if flags is None:
@@ -174,14 +182,14 @@ class Nfnl:
             name=name,
             dormant=bool(flags & NFT_TABLE_F_DORMANT),
             counters=tuple(self.counts(name)),
-            sets=tuple(self._set(name, item) for item in sets if not _flags(item) & NFT_SET_ANONYMOUS),
+            sets=tuple(self._set(name, item, generation) for item in sets if not _flags(item) & NFT_SET_ANONYMOUS),
             chains=tuple(
                 Chain(text(item[CHAIN_NAME]), tuple(rules.get(text(item[CHAIN_NAME]), ())), _hook(item))
                 for item in chains
             ),
         )
 
-    def _set(self, table: str, item: Attributes) -> NftSet:
+    def _set(self, table: str, item: Attributes, generation: int) -> NftSet:
         name, flags = text(item[SET_NAME]), _flags(item)
         types = _key_types(number(item[SET_KEY_TYPE]))
         value = ""
@@ -193,7 +201,7 @@ class Nfnl:
         size = number(attributes(item.get(SET_DESC, b"")).get(SET_DESC_SIZE, b""))
         key = " . ".join(types)
         if key in ADDRESSES and not (value or interval):
-            addresses = self._addresses(table, name, ADDRESSES[key], item)
+            addresses = self._addresses(table, name, ADDRESSES[key], item, generation)
             if addresses is not None:
                 return NftSet(name, key, size=size, elements=addresses)
         elements = self._elements(table, name)
@@ -203,18 +211,23 @@ class Nfnl:
             words = ((_key(found, types), value) for found, _, value in elements)
         return NftSet(name, key, value, interval, tuple(words), size=size)
 
-    def _addresses(self, table: str, name: str, family: Family, item: Attributes) -> Addresses | None:
+    def _addresses(self, table: str, name: str, family: Family, item: Attributes, generation: int) -> Addresses | None:
         """What a set of plain addresses holds; None if there are other elements in it.
 
         The kernel counts anew from the first element for every 32 KiB of its answer: the time goes with the square of
-        their number, 0.1 s for 100,000 and 20 s for a million. So many are as they were known to be last, as long as
-        there are as many (the kernel says how many since Linux 6.16), for fifty times what it takes to read them.
+        their number, 0.1 s for 100,000 and 20 s for a million. So many are as they were known to be while nobody has
+        committed since; and as they were known to be last, as long as there are as many (the kernel says how many since
+        Linux 6.16), for fifty times what it takes to read them.
         """
         began = time.monotonic()
-        known, count = self._known.get((table, name)), item.get(SET_COUNT)
-        if known and count and len(known.addresses) == number(count) > TRUSTED and began < known.until:
-            self._until = min(self._until, known.until)
-            return known.addresses
+        count = number(item[SET_COUNT]) if SET_COUNT in item else None
+        held = self._recalled(table, name)
+        if held and len(held.addresses) > TRUSTED and count in (None, len(held.addresses)):
+            if held.generation == generation:
+                return held.addresses
+            if count is not None and began < held.until:
+                self._until = min(self._until, held.until)
+                return held.addresses
         doing = f"read the elements of {name} in nft table inet {table}"
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -225,34 +238,87 @@ class Nfnl:
             try:
                 found = unpack(data, family)
             except ValueError:
-                self._known.pop((table, name), None)
+                self._held.pop((table, name), None)
                 return None
             # After many have come the kernel still moves them to a larger hash (lib/rhashtable.c, rht_deferred_worker),
             # and a dump that comes in pieces misses some.
-            if not count or len(found) == number(count):
+            if count in (None, len(found)):
                 break
+        else:
+            raise KernelError(doing, f"it gave {len(found)} of {count}, and never all of them")
         now = time.monotonic()
-        self._known[table, name] = _Known(found, now + TRUST * (now - began))
+        self._held[table, name] = _Held(found, generation, now + TRUST * (now - began))
         return found
 
-    @contextmanager
-    def changing(self, table: str, changes: Sequence[ElementChange]) -> Iterator[None]:
-        """Around changes of sets of addresses, which need not be read back then, unless one failed."""
-        before = {change.set: self._known.pop((table, change.set), None) for change in changes}
-        yield
-        for change in changes:
-            if isinstance(change.new, Addresses) and isinstance(change.gone, Addresses):
-                known = before[change.set] or _Known(Addresses(change.new.family), time.monotonic() + TRUST)
-                now = change.new
-                if known.addresses:
-                    packed = known.addresses.without(change.gone).packed + change.new.packed
-                    now = Addresses.sorted(change.new.family, packed)
-                self._known[table, change.set] = known._replace(addresses=now)
+    def _recalled(self, table: str, name: str) -> _Held | None:
+        """What is known of a set, by this process or the one before."""
+        if self._recall:
+            known, self._recall = self._recall(), None
+            if known:
+                self._told = known.generation
+                for each, addresses in known.sets.items():
+                    self._held.setdefault((known.table, each), _Held(addresses, known.generation, -math.inf))
+        return self._held.get((table, name))
 
-    def loaded(self, table: str, commands: str) -> None:
-        """nft was given commands: what sets they name is read anew. Rules name them with an @."""
+    def certain(self, table: str) -> Known | None:
+        """What large sets of a table hold, as far as that is certain; None: no more than was told or recalled before.
+
+        Raises KernelError.
+        """
+        generation = self.generation()
+        sets = {
+            name: held.addresses
+            for (of, name), held in self._held.items()
+            if of == table and held.generation == generation and len(held.addresses) > TRUSTED
+        }
+        if not sets or self._told == generation:
+            return None
+        self._told = generation
+        return Known(table, generation, sets)
+
+    @contextmanager
+    def changing(self, table: str, changes: Sequence[ElementChange]) -> Iterator[Callable[[int], None]]:
+        """Around changes of sets of addresses, which need not be read back then, unless one failed.
+
+        What it gives is to be told how many transactions that took.
+        """
+        before = {change.set: self._held.pop((table, change.set), None) for change in changes}
+        with self._committing() as tell:
+            # A set that was not there at the last look is one that we have made since, with nothing in it.
+            new, until = self._alone, time.monotonic() + TRUST
+            yield tell
+            for change in changes:
+                if isinstance(change.new, Addresses) and isinstance(change.gone, Addresses):
+                    held = before[change.set] or _Held(Addresses(change.new.family), new, until)
+                    now = changed(held.addresses, change.gone, change.new)
+                    self._held[table, change.set] = held._replace(addresses=now)
+
+    @contextmanager
+    def loading(self, table: str, commands: str) -> Iterator[None]:
+        """Around nft's running commands: what sets they name is read anew. Rules name them with an @."""
         named = set(commands.split())
-        self._known = {key: known for key, known in self._known.items() if key[0] != table or key[1] not in named}
+        self._held = {key: held for key, held in self._held.items() if key[0] != table or key[1] not in named}
+        with self._committing() as tell:
+            yield
+            tell(1)
+
+    @contextmanager
+    def _committing(self) -> Iterator[Callable[[int], None]]:
+        """Around commits of our own: if they were the only ones, what was certain before is certain still."""
+        before, own = self.generation(), 0
+
+        def tell(count: int) -> None:
+            nonlocal own
+            own = count
+
+        yield tell
+        now = self.generation()
+        if now == before + own:
+            self._held = {
+                key: held._replace(generation=now) if held.generation == before else held
+                for key, held in self._held.items()
+            }
+            self._alone = now if self._alone == before else -1
 
     def _elements(self, table: str, name: str) -> Iterator[tuple[bytes, bool, str]]:
         """Key, whether it ends an interval, and value as nft writes it."""
@@ -274,18 +340,6 @@ class Nfnl:
         """The attributes of each message of a dump."""
         answers = self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | kind, NFGENMSG + body)
         return (attributes(answer[HEADER.size + len(NFGENMSG) :]) for answer in answers)
-
-
-def _legacy_nat() -> bool:
-    """Whether the modules of iptables-legacy's nat tables are there, which nf_tables doesn't show.
-
-    Not by /proc/net/ip_tables_names: that is root's, and the agent need not be root.
-    """
-    try:
-        modules = MODULES.read_text(encoding="ascii", errors="replace")
-    except OSError:  # a kernel without modules
-        return False
-    return any(line.startswith(("iptable_nat ", "ip6table_nat ")) for line in modules.splitlines())
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------

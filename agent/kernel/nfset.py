@@ -83,8 +83,8 @@ class Nfset:
         """
         self._send(f"change elements in nft table inet {table}", transaction(table, changes, generation))
 
-    def change(self, table: str, changes: Sequence[ElementChange]) -> None:
-        """Make all the changes, in as many transactions as it takes for nothing to be wrong between them.
+    def change(self, table: str, changes: Sequence[ElementChange]) -> int:
+        """Make all the changes, in as many transactions as it takes for nothing to be wrong between them; how many.
 
         In the order given what comes, against it what only goes: with the sets of longer prefixes first each address
         is at any moment whose it was or whose it is going to be. When one fails those before it are taken back. Raises
@@ -99,6 +99,7 @@ class Nfset:
                     self.commit(table, [replace(change, gone=change.new, new=change.gone) for change in before])
                 raise
             done.append(part)
+        return len(done)
 
     def _send(self, doing: str, messages: Sequence[Message]) -> None:
         answers = self._netlink.post(doing, messages) if messages else {0: 0}

@@ -11,9 +11,12 @@ import pytest
 
 from agent import facts, reconcile, render, ruleset
 from agent.desired import Desired, desire
+from agent.kernel import known, runtime
+from agent.kernel.nfnl import TRUSTED, Nfnl
+from agent.kernel.nft import Nft
 from agent.model import Table
 from agent.plan import Change, Load
-from tests.kernel.admin import Admin, lay_links, policy_text
+from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
 from tests.kernel.net import Host
 
@@ -104,6 +107,66 @@ def test_from_shape_to_shape(admin: Admin) -> None:
         admin.apply(text)
         assert MARKS[shape] in {item.name for item in contents(admin.host, "idmark").sets}
         assert admin.plan(text).steps == ()
+
+
+LARGE = policy_text({"members": networks([32], 5_000)}, {"members": networks([32], 5_000, "172.16.0.0")})
+
+
+def truth() -> dict[str, Sequence[tuple[str, str]]]:
+    """What large sets hold, by one who has not been told."""
+    with Nfnl() as nfnl:
+        table = nfnl.table("idmark")
+    assert table
+    return {item.name: item.elements for item in table.sets if len(item.elements) > TRUSTED}
+
+
+def test_known_to_the_next_process(admin: Admin) -> None:
+    """What an apply leaves to the next process of large sets is what the kernel has of them."""
+    admin.write(LARGE)
+    assert admin.idmark("apply", "--yes").returncode == 0
+    left = known.left()
+    assert left
+    assert left.sets == truth()
+    assert {name: len(elements) for name, elements in left.sets.items()}.keys() == {
+        "id-inside-ipv4-32",
+        "id-outside-ipv4-32",
+    }
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"nothing of ours"])
+def test_an_element_that_somebody_exchanged(admin: Admin, damage: bytes | None) -> None:
+    """Another element in the place of one is seen by the next process, and put right, whatever was left to it."""
+    admin.write(LARGE)
+    assert admin.idmark("apply", "--yes").returncode == 0
+    if damage is not None:
+        (runtime.directory() / known.NAME).write_bytes(damage)
+    alteration = "delete element inet idmark id-inside-ipv4-32 { 10.0.0.1 }\n"
+    admin.host.nft(alteration + "add element inet idmark id-inside-ipv4-32 { 10.99.0.1 }\n")
+    assert admin.idmark("plan").stdout.splitlines()[:2] == [
+        "- nft delete element inet idmark id-inside-ipv4-32 { 10.99.0.1 }",
+        "+ nft add element inet idmark id-inside-ipv4-32 { 10.0.0.1 }",
+    ]
+    assert admin.idmark("apply", "--yes").returncode == 0
+    left = known.left()
+    assert left
+    assert left.sets == truth()
+
+
+def test_a_table_is_listed_once(admin: Admin) -> None:
+    """For the way back our table is listed before the first of the transactions on it that follow one another."""
+    admin.apply(policy_text({"members": MEMBERS}))
+    seen: list[str] = []
+
+    class Counting(Nft):
+        def text(self, name: str) -> str | None:
+            seen.append(name)
+            return super().text(name)
+
+    with reconcile.opened() as kernel:
+        plan = reconcile.look(admin.write(policy_text({"clamp_mss": True}, kernel={"enforce": False})), kernel).plan
+        assert len([step for step in plan.steps if isinstance(step, Load)]) > 1
+        reconcile.apply(plan, replace(kernel, nft=Counting()))
+    assert seen == ["idmark"]
 
 
 def test_many_fail_and_nothing_is_left(admin: Admin) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from agent.kernel import KernelError, nfset
+from agent.kernel.known import Known
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import FullError, Nfset, StaleError
 from agent.model import Addresses, ElementChange, Family
@@ -330,13 +331,14 @@ def test_what_nft_loaded_is_read_anew(large: Host) -> None:
         sets.change("t", [change("s", (), LARGE)])
         assert elements(told) == LARGE
         text = "delete element inet t s { 10.0.0.0 }\nadd element inet t s { 11.0.0.0 }\n"
-        told.loaded("t", text)
-        large.nft(text)
+        with told.loading("t", text):
+            large.nft(text)
         assert dict(elements(told)).keys() ^ dict(LARGE).keys() == {"10.0.0.0", "11.0.0.0"}
 
 
 FILL = """
 import os
+from agent.kernel.known import Known
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import Nfset
 from agent.model import Addresses, ElementChange, Family
@@ -359,3 +361,106 @@ def test_in_a_user_namespace(netns: Host) -> None:
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- known from one process to the next ------------------------------------------------------------------------------
+
+NONE = Addresses(Family.IPV4)
+ONE, OTHER = (Addresses.of(Family.IPV4, [number]) for number in (11 << 24, 12 << 24))
+
+
+def looked_and_changed(nfnl: Nfnl, sets: Nfset, *changes: ElementChange) -> None:
+    """As an apply does: a look, and what there is to do."""
+    assert nfnl.table("t")
+    with nfnl.changing("t", changes) as tell:
+        tell(sets.change("t", changes))
+
+
+def test_certain_of_what_we_did_alone(large: Host) -> None:
+    """Who has made all the commits since his look knows for certain what large sets hold, without reading them back."""
+    with Nfset() as sets, Nfnl() as told:
+        looked_and_changed(told, sets, change("s", NONE, LARGE))
+        looked_and_changed(told, sets, change("s", LARGE[:1], ONE))
+        with told.loading("t", "add counter inet t c\n"):
+            large.nft("add counter inet t c\n")
+        known = told.certain("t")
+        assert known
+        assert known.generation == told.generation()
+        with Nfnl() as fresh:
+            assert known.sets == {"s": elements(fresh)}
+        assert told.certain("t") is None  # nothing that was not told
+
+
+def test_certain_of_a_set_of_our_own(large: Host) -> None:
+    """A set that we have made since our look held nothing before."""
+    text = "add set inet t new { type ipv4_addr; }\n"
+    with Nfset() as sets, Nfnl() as told:
+        assert told.table("t")
+        with told.loading("t", text):
+            large.nft(text)
+        with told.changing("t", [change("new", NONE, LARGE)]) as tell:
+            tell(sets.change("t", [change("new", NONE, LARGE)]))
+        known = told.certain("t")
+    assert known
+    assert known.sets == {"new": LARGE}
+
+
+def test_not_certain_beside_others(large: Host) -> None:
+    """When somebody else has committed anything meanwhile nothing is certain."""
+    with Nfset() as sets, Nfnl() as told:
+        assert told.table("t")
+        with told.changing("t", [change("s", NONE, LARGE)]) as tell:
+            count = sets.change("t", [change("s", NONE, LARGE)])
+            large.nft("add table inet theirs\n")
+            tell(count)
+        assert told.certain("t") is None
+        assert elements(told) == LARGE
+
+
+def test_not_certain_after_a_failure(large: Host) -> None:
+    """What failed on its way leaves nothing certain."""
+    with Nfset() as sets, Nfnl() as told:
+        looked_and_changed(told, sets, change("s", NONE, LARGE))
+        with pytest.raises(StaleError):
+            looked_and_changed(told, sets, change("s", OTHER, ONE))
+        assert told.certain("t") is None
+
+
+def test_recalled_while_nobody_commits(large: Host) -> None:
+    """What another process knew is believed, and not read back, while the generation is the same; and then no more."""
+    with Nfset() as sets:
+        sets.change("t", [change("s", NONE, LARGE)])
+        with Nfnl() as nfnl:
+            generation = nfnl.generation()
+        # As many elements, and not those that are there.
+        believed = Addresses.sorted(Family.IPV4, LARGE.packed[4:] + OTHER.packed)
+        with Nfnl(lambda: Known("t", generation, {"s": believed})) as told:
+            assert elements(told) == believed
+            large.nft("add table inet theirs\n")
+            assert elements(told) == LARGE
+        with Nfnl(lambda: Known("t", generation, {"s": believed})) as told:
+            assert elements(told) == LARGE
+
+
+def test_recalled_is_less_than_what_is_there(large: Host) -> None:
+    """Where the kernel has more or fewer elements than another process knew of, they are read back."""
+    with Nfset() as sets, Nfnl() as nfnl:
+        sets.change("t", [change("s", NONE, LARGE)])
+        generation = nfnl.generation()
+    with Nfnl(lambda: Known("t", generation, {"s": LARGE[1:]})) as told:
+        assert elements(told) == LARGE
+
+
+@pytest.mark.parametrize("words", ["counter packets 1 bytes 1", "accept"])
+def test_packets_do_not_move_the_generation(large: Host, words: str) -> None:
+    """A packet that is counted, or asked of a set, is no commit; a counter that is reset is none either."""
+    large.nft(
+        "add counter inet t c\nadd chain inet t out { type filter hook output priority 0; }\n"
+        f"add rule inet t out ip daddr != @s counter name c {words}\n"
+    )
+    large.run(["ip", "link", "set", "lo", "up"])
+    with Nfnl() as nfnl:
+        before = nfnl.generation()
+        large.send("127.0.0.1", "127.0.0.1")
+        large.run(["nft", "reset", "counter", "inet", "t", "c"])
+        assert nfnl.generation() == before
