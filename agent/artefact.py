@@ -18,6 +18,9 @@ from agent.model import GOTO, LOOKUP, NOP, UNREACHABLE, Family, Fwmark, Hook, Ho
 from agent.render import ROUTING, RULESET
 
 ALL_BITS = 0xFFFFFFFF
+#: Understood as a whole, and left out: of what arrives in the host's own name no packet is expected to pass, and that
+#: some don't can lead none astray.
+FROM_OUR_OWN = 'meta nfproto ipv4 fib saddr type local iifname != "lo" meta pkttype host drop'
 
 
 class ArtefactError(IdmarkError):
@@ -127,6 +130,16 @@ class Named:
             if first <= last:
                 raise ValueError("conflicting intervals")
         self._firsts = [first for first, _, _ in self.spans]
+        self._beside: dict[object, frozenset[tuple[object, str]]] = {}
+
+    def beside(self, first: object) -> frozenset[tuple[object, str]]:
+        """Of keys with two parts, by the first one: the second ones that stand beside it, with the values."""
+        if not self._beside:
+            beside: dict[object, list[tuple[object, str]]] = {}
+            for (one, another), value in self.exact.items():
+                beside.setdefault(one, []).append((another, value))
+            self._beside = {one: frozenset(others) for one, others in beside.items()}
+        return self._beside.get(first, frozenset())
 
     def find(self, key: tuple[object, ...]) -> str | None:
         """The value of a key, "" in a set; None: it isn't there."""
@@ -295,6 +308,8 @@ class _Ruleset:
         raise self._wrong(f"chain {name} has no end")
 
     def _line(self, text: str, comment: str) -> Line:
+        if text == FROM_OUR_OWN:
+            return Line((), None, text, comment)
         words = TOKEN.findall(text)
         matches: list[Match] = []
         counter = ""

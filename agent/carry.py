@@ -60,11 +60,18 @@ class Carry:
         """What each counter and those before it have counted. `changed` says whether there is something to save."""
         found = {}
         for name, now in counts.items():
-            known, carried = self._known.get(name), carry(self._known.get(name), now)
-            if known is None or known.before != carried.before:
-                self.changed = True
-            self._known[name] = carried
-            found[name] = carried.total
+            known = self._known.get(name)
+            if known is None or (known.handle, known.last_packets, known.last_bytes) != (
+                now.handle,
+                now.packets,
+                now.bytes,
+            ):
+                carried = carry(known, now)
+                if known is None or known.before != carried.before:
+                    self.changed = True
+                self._known[name] = known = carried
+            # Nearly all have been there since the start: nothing was before them.
+            found[name] = known.total if known.packets or known.bytes else now
         return found
 
     def save(self) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from agent.draft import ROLES, Draft, Source, first_faults
+from agent.draft import ROLES, Draft, Source, first_faults, way_of
 from agent.faults import Fault, dotted, meant, plain
 from agent.model import MAIN, UNREACHABLE, Address, Family, Prefix
 from agent.toml_lines import Place
@@ -64,19 +64,10 @@ def _ways(draft: Draft) -> Iterator[Fault]:
     if bits >= mask.bit_count():
         rule = f"{bits} of the {mask.bit_count()} bits of {mask:#x}: none is left for ids"
         yield draft.fault(("kernel", "way_bits"), rule)
-    shared = Counter(
-        (table.link, _hops(table.next_hop), table.when_down)
-        for _, table in draft.identities
-        if table.addresses == [] and not table.probe
-    )
+    shared = Counter(way for _, table in draft.identities if (way := way_of(table)))
     ways = sum(count > 1 for count in shared.values())
     if ways >= 1 << bits:
         yield draft.fault(("kernel", "way_bits"), f"{bits} bits number {(1 << bits) - 1} ways, and {ways} are shared")
-
-
-def _hops(next_hop: str | list[Address | None] | None) -> str | tuple[str, ...] | None:
-    """In an order that says nothing."""
-    return tuple(sorted(map(str, next_hop))) if isinstance(next_hop, list) else next_hop
 
 
 def _tables(draft: Draft) -> Iterator[Fault]:
@@ -137,7 +128,7 @@ def _shared_links(draft: Draft) -> Iterator[Fault]:
         if table.link is None or table.next_hop is None or None in [*table.next_hop]:
             continue
         for family in families:
-            if draft.kernel.way_bits and table.addresses == [] and not table.probe:
+            if draft.kernel.way_bits and way_of(table):
                 break  # it shares the way out with others
             hop = _hop_text(table.next_hop, family)
             other = hops.setdefault((table.link, family, hop), name)

@@ -6,12 +6,14 @@ Exit codes as diff(1): 0 in force or nothing found, 1 differs or something found
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,6 +36,8 @@ APPLIED = "applied"
 OK, DIFFERS, TROUBLE = 0, 1, 2
 #: The verbs that may be caught in the middle of something.
 CHANGING = frozenset({"apply", "rollback", "remove"})
+#: The verbs that may go on for days (`status --watch` does).
+LASTING = frozenset({"run", "status", "lab"})
 CAP_NET_ADMIN = 12
 #: So many identities are named one by one.
 FEW = 20
@@ -54,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
-        code: int = args.run(args)
+        with _collecting(args.verb in LASTING):
+            code: int = args.run(args)
         if sys.stdout:  # closed by whoever started us: then there is nobody to read either
             sys.stdout.flush()
     except (KeyboardInterrupt, _Stopped) as error:
@@ -74,6 +79,20 @@ def main(argv: list[str] | None = None) -> int:
         # A fault of ours; no traceback ever reaches an operator.
         return _trouble([f"idmark: internal error, please report it: {type(error).__name__}: {error}"])
     return code
+
+
+@contextmanager
+def _collecting(wanted: bool) -> Iterator[None]:
+    """With the collector of cycles or without: it walks through a million prefixes again and again while they are read,
+    and what has cycles of most verbs is little, and goes with their end. There nobody need look for them either.
+    """
+    atexit.register(gc.freeze)
+    if not wanted:
+        gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _trouble(lines: Iterable[str]) -> int:
@@ -516,7 +535,7 @@ def remove(args: argparse.Namespace) -> int:
 
 def schema(args: argparse.Namespace) -> int:
     """The policy's JSON Schema."""
-    from agent.policy import schema  # noqa: PLC0415
+    from agent.schema import schema  # noqa: PLC0415
 
     print(json.dumps(schema(), indent=1))
     return OK
@@ -583,9 +602,9 @@ def _may_administer() -> bool:
 
 
 def _host_faults(faults: tuple[str, ...]) -> None:
-    from agent.reconcile import HostError  # noqa: PLC0415
-
     if faults:
+        from agent.reconcile import HostError  # noqa: PLC0415
+
         raise HostError(faults)
 
 

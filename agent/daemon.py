@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -35,6 +36,8 @@ REST, REST_LAST = 4.0, 1.0
 PATIENCE, BUSY, BUSY_LONG = 1.0, 0.05, 1.0
 #: Seconds that going round once may take: to read and load a policy of a million prefixes, say.
 HEALTHY = 300.0
+#: So many new objects, and the collector of cycles looks at them: a scrape makes some ten thousand, all for a moment.
+YOUNG = 20_000
 #: What becomes of a policy, for the history; it has failed by all other errors.
 OUTCOMES: Mapping[type[Exception], str] = {HostError: history.REFUSED, DisagreesError: history.ROLLED_BACK}
 
@@ -306,6 +309,10 @@ class Daemon:
         if not self._ready:
             self._ready = True
             self._notify.ready()
+            # What is there by now stays: the collector of cycles need not walk through it during every scrape.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(YOUNG)
 
     def _see_to_records(self) -> None:
         """Do what other verbs have left to be done; one record that is damaged keeps nothing else from its place."""

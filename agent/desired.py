@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from types import MappingProxyType
 
 from agent.layers import Layer, layers
@@ -30,7 +30,7 @@ from agent.model import (
     Rule,
     sorted_addresses,
 )
-from agent.prefixes import Span, classes, outermost
+from agent.prefixes import Span, classes, outermost_of
 
 #: Metric of an identity's own default route; the roads of `when_down` follow behind it in their order.
 METRIC_OWN = 1024
@@ -297,7 +297,7 @@ def _rank(there: LinkAddress | None) -> int:
 
 def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, faults: list[str]) -> Standing:
     link = facts.link(identity.link) if facts else None
-    member_families = {prefix.family for prefix in identity.members}
+    member_families = {prefix.family for prefix in (*identity.members[:1], *identity.members[-1:])}  # in order
     families = [
         family
         for family in Family
@@ -492,8 +492,8 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
     identities = [standing.identity for standing in speakers.standings]
     first = priority_behind(identities) + 1
     for family in Family:
-        members = {prefix for identity in identities for prefix in identity.members if prefix.family is family}
-        guarded = tuple(islice(outermost(members), GUARDED + 1))
+        members = (_members(identity, family) for identity in identities)
+        guarded = tuple(islice(outermost_of(*members), GUARDED + 1))
         if 0 < len(guarded) <= GUARDED and first + 2 < PRIORITY_MAIN:
             mask = kernel.mark_mask
             guards.append(Rule(family, first, iif="lo", action=GOTO, target=first + 2))
@@ -502,6 +502,12 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
             guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in sources]
             guards.append(Rule(family, first + 2, action=NOP))
     return tuple(guards)
+
+
+def _members(identity: Identity, family: Family) -> Iterator[Prefix]:
+    """The members of a family, in order, as far as they are asked for: IPv4 comes first."""
+    first = bisect_left(identity.members, Prefix.default(family))
+    return takewhile(lambda prefix: prefix.family is family, islice(identity.members, first, None))
 
 
 def _nat(policy: Policy, facts: Facts | None) -> bool:

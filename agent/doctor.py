@@ -36,6 +36,7 @@ CHECKS: Mapping[str, Callable[[Desired, Host], Iterator[Symptom]]] = {
     "flowtable": hooks.flowtables,
     "rp-filter": settings.strict_rp_filter,
     "mark-valid-for-all": settings.marks_for_all,
+    "own-sources": settings.own_sources,
     "forwarding": settings.forwarding_off,
     "accept-ra": settings.deaf_to_routers,
     "mtu": settings.unclamped,

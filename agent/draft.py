@@ -6,16 +6,17 @@ import re
 import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from agent.document import Document, IdentityTable, KernelTable, ListFile, parse_source
+from agent.document import Document, IdentityTable, KernelTable
 from agent.faults import Fault, dotted, plain
-from agent.model import Family, Prefix
+from agent.model import Family, Identity, Prefix
 from agent.toml_lines import Lines, Place
+from agent.values import ListFile, parse_source
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class Draft:
         self.lines = lines
         self.names = tuple(document.identity or ())
         self.identities = [(name, table) for name, table in (document.identity or {}).items() if table is not None]
-        self.kernel = document.kernel or KernelTable.model_validate(dict.fromkeys(KernelTable.model_fields))
+        self.kernel = document.kernel or KernelTable(**dict.fromkeys(each.name for each in fields(KernelTable)))
         self.sources = [source for name, table in self.identities for source in self._read(name, table)]
 
     @property
@@ -179,3 +180,14 @@ class Draft:
             for name, table in self.identities
             if name not in unknown
         ]
+
+
+def way_of(identity: Identity | IdentityTable) -> tuple[object, ...] | None:
+    """What makes a way out that identities may share; None: it has a way of its own.
+
+    Who has addresses of its own, or a probe, does: a source for it, a say on whether it is open.
+    """
+    if identity.addresses is None or len(identity.addresses) or identity.probe:
+        return None
+    hops = identity.next_hop
+    return (identity.link, hops if hops is None or isinstance(hops, str) else frozenset(hops), identity.when_down)

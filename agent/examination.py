@@ -30,6 +30,7 @@ from agent.symptoms.settings import NETWORK_MANAGER, NETWORKD
 OF_LINKS = (
     ("ipv4", "rp_filter"),
     ("ipv4", "src_valid_mark"),
+    ("ipv4", "accept_local"),
     ("ipv4", "forwarding"),
     ("ipv6", "forwarding"),
     ("ipv6", "accept_ra"),

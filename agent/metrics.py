@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.samples import Sample
 
 from agent import lookups
 from agent.carry import Carry
-from agent.desired import Desired
+from agent.desired import Desired, Standing
 from agent.kernel import KernelError
 from agent.kernel.martians import martian_sources
 from agent.kernel.nfnl import Nfnl
@@ -39,6 +40,58 @@ class Kept:
 
     desired: Desired
     down: Mapping[str, str]
+
+
+Labels = dict[str, str]
+
+
+class Roster:
+    """What there is to tell of some standings: labels, and what to ask the kernel. A scrape only adds the values.
+
+    The labels of a sample are the same object at every scrape: by that whoever writes them (`agent.lines`) knows that
+    he has written them before.
+    """
+
+    def __init__(self, desired: Desired) -> None:
+        self.standings = desired.standings
+        self.questions = lookups.questions(desired)
+        self.links = {standing.identity.link for standing in self.standings}
+        self.info: list[Labels] = []
+        self.up: list[tuple[Labels, str]] = []
+        self.probed: list[tuple[Labels, str]] = []
+        self.roads: list[tuple[Labels, tuple[str, Family]]] = []
+        #: By the kind of what is counted: labels, and the counter's name.
+        self.moved: list[tuple[Labels, str]] = []
+        self.misrouted: list[tuple[Labels, str]] = []
+        self.diverted: list[tuple[Labels, str]] = []
+        for standing in self.standings:
+            self._enter(standing)
+        self.counters = frozenset(
+            counter_name(standing.identity.name, family, count)
+            for standing in self.standings
+            for family, count in product(standing.families, COUNTS)
+        )
+
+    def _enter(self, standing: Standing) -> None:
+        identity = standing.identity
+        labels = {"identity": identity.name}
+        self.info.append(
+            {**labels, "link": identity.link, "fwmark": str(identity.fwmark), "table": str(identity.table)}
+        )
+        self.up.append((labels, identity.link))
+        if identity.probe:
+            self.probed.append((labels, identity.name))
+        for family in standing.families:
+            by_family = {**labels, "family": family.value}
+            self.roads.append((by_family, (identity.name, family)))
+            for direction in ("transmit", "receive"):
+                self.moved.append(
+                    ({**by_family, "direction": direction}, counter_name(identity.name, family, direction))
+                )
+            for action in ("dropped", "passed"):
+                counter = counter_name(identity.name, family, f"misrouted-{action}")
+                self.misrouted.append(({**by_family, "action": action}, counter))
+            self.diverted.append((by_family, counter_name(identity.name, family, "diverted")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +152,7 @@ class Metrics:
             self._fights.labels(kind)
             self._fighting.labels(kind)
         self._kept: Kept | None = None
+        self._roster: Roster | None = None
         self._trouble = ""
         # One scrape after the other: of two readings the older must not come in second, for a counter that was reset.
         self._reading = threading.Lock()
@@ -179,7 +233,8 @@ class Metrics:
             try:
                 if kept:
                     families.policy(kept.desired.policy.digest)
-                    families.identities(kept, self._read(kept))
+                    roster = self._roster_of(kept.desired)
+                    families.identities(roster, self._read(kept, roster), kept.down)
                 families.martians(martian_sources())
             except (KernelError, OSError) as error:
                 trouble = str(error)
@@ -196,29 +251,29 @@ class Metrics:
             _log.info("scrapes succeed again")
         self._trouble = trouble
 
-    def _read(self, kept: Kept) -> Reading:
+    def _roster_of(self, desired: Desired) -> Roster:
+        """The one of last time, if nothing has changed since."""
+        if self._roster is None or self._roster.standings != desired.standings:
+            self._roster = Roster(desired)
+        self._roster.standings = desired.standings  # the very same are soon compared
+        return self._roster
+
+    def _read(self, kept: Kept, roster: Roster) -> Reading:
         name = kept.desired.policy.kernel.nft_table
-        wanted = {
-            counter_name(standing.identity.name, family, count)
-            for standing in kept.desired.standings
-            for family, count in product(standing.families, COUNTS)
-        }
         with Nfnl() as nfnl:
             found = nfnl.counts(name)
-        missing = sorted(wanted - found.keys())
+        missing = sorted(roster.counters - found.keys())
         if missing:
             raise KernelError(f"read the counters of nft table inet {name}", f"there is no {missing[0]}")
-        counts = self._carry.totals({counter: found[counter] for counter in sorted(wanted)})
+        counts = self._carry.totals({counter: count for counter, count in found.items() if counter in roster.counters})
         if self._carry.changed:
             self._save()
         with Rtnl() as rtnl:
-            links = {standing.identity.link for standing in kept.desired.standings}
+            wrong = lookups.disagreeing(roster.questions, rtnl)
             return Reading(
                 counts=counts,
-                up={link: rtnl.is_up(link) for link in links},
-                route_ok={
-                    road: not disagreeing for road, disagreeing in lookups.disagreeing(kept.desired, rtnl).items()
-                },
+                up={link: rtnl.is_up(link) for link in roster.links},
+                route_ok={road: not disagreeing for road, disagreeing in wrong.items()},
             )
 
     def _save(self) -> None:
@@ -316,28 +371,20 @@ class Families:
         """Which policy is kept."""
         self.policy_info.add_metric([], {"digest": digest})
 
-    def identities(self, kept: Kept, reading: Reading) -> None:
+    def identities(self, roster: Roster, reading: Reading, down: Mapping[str, str]) -> None:
         """What the kernel said of every identity."""
-        for standing in kept.desired.standings:
-            identity = standing.identity
-            facts = {"link": identity.link, "fwmark": str(identity.fwmark), "table": str(identity.table)}
-            self.info.add_metric([], {"identity": identity.name, **facts})
-            self.link_up.add_metric([identity.name], reading.up[identity.link])
-            if identity.probe:
-                self.probe_success.add_metric([identity.name], identity.name not in kept.down)
-            for family in standing.families:
-                labels = [identity.name, family.value]
-                self.route_ok.add_metric(labels, reading.route_ok[identity.name, family])
-                count = {kind: reading.counts[counter_name(identity.name, family, kind)] for kind in COUNTS}
-                for direction in ("transmit", "receive"):
-                    self.packets.add_metric([*labels, direction], count[direction].packets)
-                    self.bytes.add_metric([*labels, direction], count[direction].bytes)
-                for action in ("dropped", "passed"):
-                    misrouted = count[f"misrouted-{action}"]
-                    self.misrouted_packets.add_metric([*labels, action], misrouted.packets)
-                    self.misrouted_bytes.add_metric([*labels, action], misrouted.bytes)
-                self.diverted_packets.add_metric(labels, count["diverted"].packets)
-                self.diverted_bytes.add_metric(labels, count["diverted"].bytes)
+        _fill(self.info, "_info", [(labels, 1) for labels in roster.info])
+        _fill(self.link_up, "", [(labels, reading.up[link]) for labels, link in roster.up])
+        _fill(self.probe_success, "", [(labels, name not in down) for labels, name in roster.probed])
+        _fill(self.route_ok, "", [(labels, reading.route_ok[road]) for labels, road in roster.roads])
+        for packets, data, entries in (
+            (self.packets, self.bytes, roster.moved),
+            (self.misrouted_packets, self.misrouted_bytes, roster.misrouted),
+            (self.diverted_packets, self.diverted_bytes, roster.diverted),
+        ):
+            counts = [(labels, reading.counts[counter]) for labels, counter in entries]
+            _fill(packets, "_total", [(labels, count.packets) for labels, count in counts])
+            _fill(data, "_total", [(labels, count.bytes) for labels, count in counts])
 
     def martians(self, packets: int | None) -> None:
         """The machine's count, where the kernel has one."""
@@ -348,3 +395,9 @@ class Families:
         """How this scrape went."""
         self.scrape_success.add_metric([], success)
         self.scrape_duration.add_metric([], seconds)
+
+
+def _fill(family: Metric, suffix: str, samples: Sequence[tuple[Labels, float]]) -> None:
+    """Give a family its samples, as add_metric() would one by one."""
+    name = family.name + suffix
+    family.samples = [Sample(name, labels, value) for labels, value in samples]

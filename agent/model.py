@@ -15,7 +15,7 @@ Address = IPv4Address | IPv6Address
 #: The routing protocol number of everything that is ours (deploy/rt_protos.d names it "idmark").
 PROTOCOL = 73
 #: Routing tables that the kernel gives a meaning of its own (linux/rtnetlink.h, enum rt_class_t).
-TABLE_MAIN = 254
+TABLE_MAIN, TABLE_LOCAL = 254, 255
 #: The largest metric there is: a route with it is the last resort of its table.
 METRIC_LAST = 0xFFFFFFFF
 
@@ -29,6 +29,9 @@ class Family(enum.StrEnum):
     #: AF_INET or AF_INET6; and the bits of an address, 32 or 128. Attributes, for they are asked for a million times.
     number: int
     bits: int
+
+    #: A member's own hash is a Python function (enum.Enum.__hash__), and a million prefixes are hashed by it.
+    __hash__ = str.__hash__
 
     def __init__(self, name: str) -> None:
         self.number = socket.AF_INET if name == "ipv4" else socket.AF_INET6
@@ -72,16 +75,13 @@ class Prefix(NamedTuple):
             address = int.from_bytes(socket.inet_pton(family.number, head), "big")
         except (OSError, ValueError):  # ValueError: an embedded NUL, or not ASCII
             raise ValueError("is not a network") from None
-        length = family.bits
-        if slash:
-            # No sign, no blank, no "٣": what int() would take besides is no prefix length.
-            if not (tail.isascii() and tail.isdigit() and len(tail) <= 3 and int(tail) <= family.bits):
-                raise ValueError("is not a network")
-            length = int(tail)
-        host = (1 << family.bits - length) - 1
-        if address & host:
+        bits = length = family.bits
+        # No sign, no blank, no "٣": what int() would take besides is no prefix length.
+        if slash and not (tail.isascii() and tail.isdigit() and len(tail) <= 3 and (length := int(tail)) <= bits):
+            raise ValueError("is not a network")
+        if length < bits and address & (host := (1 << bits - length) - 1):
             raise ValueError(f"has host bits set: the network is {cls(family, address & ~host, length)}")
-        return cls(family, address, length)
+        return tuple.__new__(cls, (family, address, length))  # as cls() does, by a function less
 
     @classmethod
     def host(cls, address: Address) -> Prefix:
@@ -145,7 +145,8 @@ class Kernel:
     """The `[kernel]` section: where in the kernel's name spaces we live.
 
     `way_bits` are the upper bits of the mask that tell ways out apart; 0: identities do. `nat` is whether anything on
-    the host translates addresses; None for "auto".
+    the host translates addresses; None for "auto". `drop_own_sources`: our table, and not the kernel's lookup of the
+    way back, drops what arrives in the host's own name.
     """
 
     mark_mask: int = 0x3F000000
@@ -156,6 +157,7 @@ class Kernel:
     enforce: bool = True
     nat: bool | None = None
     way_bits: int = 0
+    drop_own_sources: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from typing import Any
 
 from agent import IdmarkError
 from agent.checks import CHECKS, WARNINGS
-from agent.document import read_document, schema
-from agent.draft import Draft, UnreadableError, read_text
+from agent.document import read_document
+from agent.draft import Draft, UnreadableError, read_text, way_of
 from agent.faults import Fault, in_order
 from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
+from agent.prefixes import ascending
 from agent.toml_lines import Lines
 
-__all__ = ["Fault", "PolicyError", "load", "schema"]
+__all__ = ["Fault", "PolicyError", "load"]
 
 
 class PolicyError(IdmarkError):
@@ -84,7 +85,7 @@ def _policy(draft: Draft) -> Policy:
     """The policy, of a draft that every check has passed."""
     # Nothing in it is None any longer, which its types cannot say: hence Any.
     document: Any = draft.document
-    kernel = Kernel(**{**dict(document.kernel), "nat": None if document.kernel.nat == "auto" else document.kernel.nat})
+    kernel = Kernel(**{**vars(document.kernel), "nat": None if document.kernel.nat == "auto" else document.kernel.nat})
     identities = [_identity(kernel, draft, name, table) for name, table in draft.identities]
     return Policy(
         gateway=document.gateway,
@@ -95,30 +96,22 @@ def _policy(draft: Draft) -> Policy:
 
 
 def _on_ways(kernel: Kernel, identities: Sequence[Identity]) -> Iterator[Identity]:
-    """Identities that share a way out, with the first one's table and the way's number in their fwmarks.
-
-    Who has addresses of its own, or a probe, has a way of its own too: a source for it, a say on whether it is open.
-    """
+    """Identities that share a way out, with the first one's table and the way's number in their fwmarks."""
     ways: dict[object, list[Identity]] = {}
-    for identity in identities:
-        if kernel.way_bits and identity.addresses == () and not identity.probe:
-            ways.setdefault(way_of(identity), []).append(identity)
-    numbers = {way: number for number, way in enumerate((w for w, on in ways.items() if len(on) > 1), start=1)}
+    for identity in identities if kernel.way_bits else ():
+        if key := way_of(identity):
+            ways.setdefault(key, []).append(identity)
+    shared = [on for on in ways.values() if len(on) > 1]
+    numbers = {identity.name: (number, on[0]) for number, on in enumerate(shared, start=1) for identity in on}
     unit, mask = kernel.mark_mask & -kernel.mark_mask, way_mask(kernel)
     for identity in identities:
-        number = numbers.get(way_of(identity), 0) if identity.addresses == () and not identity.probe else 0
+        number, first = numbers.get(identity.name, (0, identity))
         if number:
-            first = ways[way_of(identity)][0]
             way = Fwmark(number * (mask & -mask), mask)
             fwmark = Fwmark(way.value | identity.id * unit, kernel.mark_mask)
             yield replace(identity, fwmark=fwmark, table=first.table, priority=first.priority, way=way)
         else:
             yield identity
-
-
-def way_of(identity: Identity) -> tuple[object, ...]:
-    """What makes a way out."""
-    return (identity.link, identity.next_hop, identity.when_down)
 
 
 def way_mask(kernel: Kernel) -> int:
@@ -137,12 +130,12 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
         table=kernel.table_base + table.id,
         priority=kernel.rule_priority + table.id,
         addresses=None if table.addresses == "auto" else sorted_addresses(table.addresses),
-        members=tuple(sorted(chain.from_iterable(source.prefixes for source in sources))),
+        members=tuple(ascending(chain.from_iterable(source.prefixes for source in sources))),
         next_hop=sorted_addresses(table.next_hop) if isinstance(table.next_hop, list) else table.next_hop,
         when_down=table.when_down,
         masquerade=table.masquerade,
         clamp_mss=table.clamp_mss,
-        probe=Probe(**dict(table.probe)) if table.probe else None,
+        probe=Probe(**vars(table.probe)) if table.probe else None,
         flush_flows=table.flush_flows,
     )
 
@@ -150,20 +143,20 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
 def _digest(policy: Policy) -> str:
     """SHA-256 over what the policy means, in an order of its own."""
     digest = hashlib.sha256()
-    for line in _canonical(policy):
-        digest.update(f"{line}\n".encode())
+    for lines in _canonical(policy):
+        digest.update("".join(lines).encode())
     return digest.hexdigest()
 
 
-def _canonical(policy: Policy) -> Iterator[str]:
+def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
     """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
     # Keys that came later stand here only if they say something: what was approved before has its old digest.
     kernel = asdict(policy.kernel)
-    for key in ("nat", "way_bits"):
+    for key in ("nat", "way_bits", "drop_own_sources"):
         if kernel[key] == getattr(Kernel(), key):
             del kernel[key]
     frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": kernel}
-    yield json.dumps(frame, sort_keys=True)
+    yield json.dumps(frame, sort_keys=True), "\n"
     for identity in policy.identities:
         fields = {
             "name": identity.name,
@@ -179,6 +172,5 @@ def _canonical(policy: Policy) -> Iterator[str]:
             fields["probe"] = asdict(identity.probe) | {"target": str(identity.probe.target)}
         if identity.flush_flows:
             fields["flush_flows"] = True
-        yield json.dumps(fields, sort_keys=True)
-        for member in identity.members:
-            yield f"{member.family} {member.address:x}/{member.length}"
+        yield json.dumps(fields, sort_keys=True), "\n"
+        yield [f"{family} {address:x}/{length}\n" for family, address, length in identity.members]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import merge
 from itertools import pairwise
 from operator import itemgetter
 
@@ -69,11 +70,24 @@ def classes(sources: Iterable[tuple[Prefix, str]]) -> tuple[Span, ...]:
 
 def outermost(prefixes: Iterable[Prefix]) -> Iterator[Prefix]:
     """The prefixes that lie in none of the others, in order."""
+    return outermost_of(sorted(prefixes))
+
+
+def outermost_of(*ordered: Iterable[Prefix]) -> Iterator[Prefix]:
+    """The same of prefixes that are in order already: no more of them are looked at than it takes."""
     last: Prefix | None = None
-    for prefix in sorted(prefixes):
+    for prefix in merge(*ordered):
         if last is None or prefix.family is not last.family or prefix.address > last.last:
             last = prefix
             yield prefix
+
+
+def ascending(prefixes: Iterable[Prefix]) -> list[Prefix]:
+    """As sorted() has them, some times faster where there are a million: numbers are compared, and no tuples."""
+    several = [*prefixes]
+    for place in reversed(range(len(Prefix._fields))):
+        several.sort(key=itemgetter(place))
+    return several
 
 
 def lookup(sources: Iterable[tuple[Prefix, str]], address: Address) -> tuple[Prefix, str] | None:

@@ -30,6 +30,10 @@ DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
 CLOSING_COMMENT = "closed while roads change: "
 
 IS_DNAT_REPLY = "ct status dnat ct direction reply"
+#: What the kernel's own check of sources does where a host has no rules: inet_lookup_ifaddr_rcu() in
+#: fib_validate_source() (net/ipv4/fib_frontend.c); that of IPv6 has none. Multicast that a program on this host sends
+#: comes back to others on it by the link that it left by (ip_mc_output()): that is no packet "host".
+FROM_OUR_OWN = 'meta nfproto ipv4 fib saddr type local iifname != "lo" meta pkttype host drop'
 IS_SYN = "tcp flags & (syn|rst) == syn"
 
 
@@ -309,6 +313,7 @@ def _path_chains(desired: Desired, names: set[str]) -> Iterator[Chain]:
     yield Chain(
         "prerouting",
         (
+            *(Statement(FROM_OUR_OWN, "nobody else is this host"),) * kernel.drop_own_sources,
             Statement(f"{mark} != 0x00000000 {undecide}", "no trust in a mark that arrives"),
             *(
                 Statement(f"iifname {link} jump arriving", "on an identity's link")

@@ -54,6 +54,7 @@ def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
     with ExitStack() as stack:
         stack.enter_context(runtime.holding_run())
         wake = stack.enter_context(Wake(kernel.nfnl, SIGNALS))
+        kernel.rtnl.prepare()
         registry = CollectorRegistry()
         metrics = Metrics(registry, runtime.directory() / COUNTERS)
         stack.callback(_close, metrics, log)

@@ -209,6 +209,14 @@ def _kernel(old: Policy, new: Policy) -> Iterator[Setting]:
         )
         shown = ["auto" if each.nat is None else str(each.nat).lower() for each in (was, becomes)]
         yield Setting("kernel.nat", shown[0], shown[1], effect, becomes.nat is False)
+    if was.drop_own_sources != becomes.drop_own_sources:
+        effect = (
+            "what arrives over IPv4 in this host's own name is dropped here, so a link may have accept_local"
+            if becomes.drop_own_sources
+            else "a link with accept_local lets in what claims to be this host; look that none has it"
+        )
+        shown = [str(each.drop_own_sources).lower() for each in (was, becomes)]
+        yield Setting("kernel.drop_own_sources", shown[0], shown[1], effect, was.drop_own_sources)
     renumbered = {
         "way_bits": "ways out have other numbers in the packet mark, or none: marks and tables are others",
         "mark_mask": "other bits of the packet mark are ours: does a neighbour write them?",

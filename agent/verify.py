@@ -16,7 +16,7 @@ from agent import walk
 from agent.artefact import ALL_BITS, Artefact, CountBy, VerdictBy
 from agent.cut import Kind, cut
 from agent.desired import GUARDED, PRIORITY_MAIN, Desired, priority_behind, sources_of
-from agent.given import Choices, Given, follow
+from agent.given import Choices, Given, Question, Values, follow
 from agent.model import Facts, Family, Identity, Prefix, address_text
 from agent.prefixes import outermost
 from agent.ruleset import counter_name
@@ -27,6 +27,10 @@ from agent.wanted import Wanted, same
 SHOWN = 10
 #: A link that no policy can name (it is too long for one): one of those that nobody has thought of.
 ELSEWHERE = "some-other-link-"
+
+
+#: What properties of packets may be.
+Rows = Values | Iterable[tuple[object, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,11 @@ class World:
         self.guarded = self.policy.kernel.enforce and 0 < self.members <= GUARDED and last < PRIORITY_MAIN
         self.behind = Networks(self.wanted.behind)
         self.kinds = self._cut(artefact)
+        self._known: dict[tuple[object, ...], Values] = {}
+        self._whose = {
+            name: Question((name,), self.owner_name, known={}) for name in ("source", "destination", "original", "snat")
+        }
+        self._whose["mark"] = Question(("mark",), self._named, known={})
         self._owners: dict[int, str | None] = {kind.example: kind.owner for kind in self.kinds}
         self._owners.update(self.wanted.own)
         behind = (
@@ -177,32 +186,40 @@ class World:
 
     # --- the packets there are ---
 
-    def examples(self, *said: str, owned: bool = True) -> list[tuple[int]]:
+    def examples(self, *said: str, owned: bool = True) -> Values:
         """An address of each kind, as far as the kinds differ in owner, sets, verdict and in what is said of them."""
         starts = tuple(f"('{word}'" for word in (*said, *("set",) * owned))
+        # Few labels are on many kinds.
+        labels = {label for kind in self.kinds for label in kind.labels if isinstance(label, tuple)}
+        relevant: dict[object, tuple[str, ...]] = {
+            label: tuple(each for each in label if each.startswith(starts)) for label in labels
+        }
         chosen: dict[object, int] = {}
         for kind in self.kinds:
-            seen = tuple(
-                relevant
-                for label in kind.labels
-                if isinstance(label, tuple) and (relevant := tuple(each for each in label if each.startswith(starts)))
-            )
+            seen = tuple([words for label in kind.labels if (words := relevant[label])])
             chosen.setdefault((seen, (kind.owner, kind.verdict) if owned else None), kind.example)
-        return [(example,) for example in chosen.values()]
+        return self._values(chosen.values())
 
-    def sources(self) -> list[tuple[int]]:
+    def _values(self, values: Iterable[object]) -> Values:
+        """One object for the same values: what is once known of them is known wherever they stand."""
+        found = tuple(values)
+        if found not in self._known:
+            self._known[found] = Values(found)
+        return self._known[found]
+
+    def sources(self) -> Values:
         """An address of each kind that a source may be, for rules and tables."""
         return self.examples("rule", "here")
 
-    def destinations(self) -> list[tuple[int]]:
+    def destinations(self) -> Values:
         """An address of each kind that a destination may be, for rules and tables."""
         return self.examples("route", "road", "here", "probe", owned=False)
 
-    def translated(self) -> list[tuple[int | None]]:
+    def translated(self) -> Values:
         """What an address may have been, or become, by somebody's translation; None: there is none."""
-        return [(None,), *(self.examples() if self.desired.nat else ())]
+        return self._values((None, *(self.examples().values if self.desired.nat else ())))
 
-    def connections(self) -> dict[tuple[str, ...], Iterable[tuple[object, ...]]]:
+    def connections(self) -> dict[tuple[str, ...], Rows]:
         """Of connections whose destination was translated: what it was, and whether a packet answers."""
         return {("original",): self.translated(), ("direction",): [(walk.REPLY,), (walk.ASKED,)]}
 
@@ -219,12 +236,12 @@ class World:
 
     def whose(self, given: Given, name: str) -> Identity | None:
         """Whose the address of a property is."""
-        found = given.tell((name,), self.owner_name)
+        found = given.ask(self._whose[name])
         return self.standings[found].identity if found else None
 
     def marked(self, given: Given) -> Identity | None:
         """Whose mark a packet carries."""
-        name = given.tell(("mark",), self._named)
+        name = given.ask(self._whose["mark"])
         return self.standings[name].identity if name else None
 
     def _named(self, mark: object) -> str | None:
@@ -323,7 +340,7 @@ Verdicts = Iterator[Counterexample | None]
 Claim = Callable[[Given], Counterexample | None]
 
 
-def _checked(run: Claim, choices: Mapping[tuple[str, ...], Iterable[tuple[object, ...]]]) -> Verdicts:
+def _checked(run: Claim, choices: Mapping[tuple[str, ...], Rows]) -> Verdicts:
     return (found for _, found in follow(run, Choices(choices)))
 
 
@@ -333,13 +350,15 @@ def _checked(run: Claim, choices: Mapping[tuple[str, ...], Iterable[tuple[object
 def _arriving(world: World) -> Verdicts:
     """Prerouting gives a packet the mark of its identity and no other, whatever it carried and a neighbour restored."""
 
-    def at_home(iif: object, destination: object) -> str | None:
-        """The identity on whose own link a packet arrives for it."""
-        owner = world.owner(destination) if iif in world.links else None
-        return owner.name if owner and owner.link == iif else None
+    def at_home(given: Given) -> str | None:
+        """The identity on whose own link packets arrive for it."""
+        if not given.within("iif", world.links):
+            return None
+        owner = world.whose(given, "destination")
+        return owner.name if owner and given.within("iif", frozenset({owner.link})) else None
 
     def run(given: Given) -> Counterexample | None:
-        home = given.tell(("iif", "destination"), at_home)
+        home = at_home(given)
         packet = Packet(world.family, given, known=home)
         world.hooks.call("prerouting", packet, _neighbours(world))
         owner = world.standings[home].identity if home else _owner_by_source(world, given)
@@ -353,9 +372,8 @@ def _arriving(world: World) -> Verdicts:
     return _checked(
         run,
         {
-            ("iif", "destination"): [
-                (link, *destination) for link, destination in product(_last(world.roads), world.examples())
-            ],
+            ("iif",): [(link,) for link in _last(world.roads)],
+            ("destination",): world.examples(),
             ("mark",): [(mark,) for mark in world.carried],
             ("source",): world.examples(),
             **world.connections(),
@@ -514,7 +532,7 @@ def _routed(world: World) -> Verdicts:
     return (found for _, found in ways_routed(world))
 
 
-def _routing_choices(world: World) -> dict[tuple[str, ...], Iterable[tuple[object, ...]]]:
+def _routing_choices(world: World) -> dict[tuple[str, ...], Rows]:
     return {
         ("iif",): [(walk.LO,), *((link,) for link in world.roads)],
         ("source",): world.sources(),
@@ -572,7 +590,7 @@ def _leaving(world: World) -> Verdicts:
     return _checked(
         _Doors(world).run,
         {
-            ("mark", "oif"): [(mark, oif) for oif, mark in product((walk.LO, *world.roads), world.carried)],
+            ("oif", "mark"): product((walk.LO, *world.roads), world.carried),
             ("source",): world.examples("word", "here"),
             ("destination",): world.examples(),
             **world.connections(),
@@ -588,11 +606,15 @@ class _Doors:
     def __init__(self, world: World) -> None:
         self._world, self._wanted = world, world.wanted
         self._downstream = None if world.policy.downstream is None else frozenset(world.policy.downstream)
+        self._behind = Question(("oif",), self._is_downstream, known={})
+        self._diversion = Question(("mark", "oif"), self._diverted, self._diverting, {})
+        self._translation = Question(("mark", "oif"), self._roads, self._translating, {})
+        self._marked = frozenset(mark for mark in world.carried if mark & world.mask in world.marks)
 
     def run(self, given: Given) -> Counterexample | None:
         world = self._world
         home = given.within("oif", JUST_LO)
-        by_mark = given.tell(("mark", "oif"), self._diverted)
+        by_mark = given.ask(self._diversion)
         source = "source" if home else self._source(given)
         packet = Packet(world.family, given, known=(home, by_mark, source))
         passed = world.hooks.call("postrouting", packet, ((SRCNAT, _translate),))
@@ -603,16 +625,30 @@ class _Doors:
             return Counterexample(world.words(given), wanted, found, _trail(packet))
         return _let_out(world, given, packet, passed, self._judged(given, source, by_mark))
 
-    def _diverted(self, mark: object, oif: object) -> str | None:
-        """Whose packet it is if its when_down lets it leave by a link."""
+    def _diverting(self, mark: object) -> str | None:
+        """Whose packet it is if its when_down may let it leave by another link than its own."""
         identity = self._world.marks.get(_number(mark) & self._world.mask)
-        return identity.name if identity and self._diverts(identity, oif) else None
+        return identity.name if identity and self._has_detours(identity) else None
 
-    def _roads(self, mark: object, oif: object) -> tuple[str, ...]:
-        """The identities to one of whose addresses members are translated as they leave by a link."""
+    def _has_detours(self, identity: Identity) -> bool:
+        return self._wanted.detours(identity) != ((), False)
+
+    def _diverted(self, name: str | None, oif: object) -> str | None:
+        """The same, if it lets it leave by this link."""
+        return name if name and self._diverts(self._world.standings[name].identity, oif) else None
+
+    def _translating(self, mark: object) -> str | None:
+        """Whose packet it is if members' addresses are translated."""
         identity = self._world.marks.get(_number(mark) & self._world.mask)
         if not identity or not identity.masquerade or not self._world.standings[identity.name].way(self._world.family):
+            return None
+        return identity.name
+
+    def _roads(self, name: str | None, oif: object) -> tuple[str, ...]:
+        """The identities to one of whose addresses members are translated as they leave by a link."""
+        if name is None:
             return ()
+        identity = self._world.standings[name].identity
         roads = (identity, *self._wanted.detours(identity)[0])
         return tuple(road.name for road in roads if road.link == oif and self._own(road.name))
 
@@ -634,7 +670,7 @@ class _Doors:
         """The property that a packet's source is to be when it leaves, or an address that it is to be translated to."""
         if is_reply(given):
             return "original"
-        for road in given.tell(("mark", "oif"), self._roads) if given.within("original", NOTHING) else ():
+        for road in given.ask(self._translation) if given.within("original", NOTHING) else ():
             members = self._world.marked(given)
             assert members  # noqa: S101
             if not given.within("source", frozenset((*self._own(members.name), *self._own(road)))):
@@ -648,19 +684,19 @@ class _Doors:
             return True, _count(world, by_mark, "diverted")
         translated = source != "source" or not given.within("original", NOTHING)
         translated = translated and given.within("oif", world.links)
-        carried = given.tell(("mark",), lambda mark: _number(mark) & world.mask in world.marks)
+        carried = given.within("mark", self._marked)
         owner = None
         if translated or not carried:
             owner = world.owner(source) if isinstance(source, int) else world.whose(given, source)
-        if not carried and given.tell(("oif",), lambda oif: self._diverts(owner, oif)):
-            assert owner  # noqa: S101
+        detours = owner is not None and not carried and self._has_detours(owner)
+        if owner and detours and given.tell(("oif",), lambda oif: self._diverts(owner, oif)):
             return True, _count(world, owner.name, "diverted")
         owner = owner or world.marked(given)
         if owner is None:
             return True, []
         if given.within("oif", frozenset({owner.link})):
             return True, _count(world, owner.name, "transmit")
-        if given.tell(("oif",), self._is_downstream):
+        if given.ask(self._behind):
             return True, []
         enforce = world.policy.kernel.enforce
         return not enforce, _count(world, owner.name, "misrouted-dropped" if enforce else "misrouted-passed")

@@ -7,8 +7,9 @@ is split, and nowhere else.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from agent.artefact import (
@@ -19,6 +20,7 @@ from agent.artefact import (
     Field,
     Line,
     Match,
+    Named,
     SetMark,
     Translate,
     Verdict,
@@ -135,14 +137,35 @@ class _Called(NamedTuple):
     known: bool
 
 
+class _Prepared(NamedTuple):
+    """A rule of a chain with what it asks of packets: its matches, and what it looks up to act upon. `place`: which."""
+
+    place: int
+    line: Line
+    matches: tuple[_Query, ...]
+    lookup: _Query | None
+
+    @classmethod
+    def of(cls, place: int, line: Line, sets: Mapping[str, Named], asked: dict[Hashable, _Query]) -> _Prepared:
+        """`asked` is what other rules ask: what is asked by several is one query."""
+        action = line.action
+        matches = tuple(asked.setdefault(match, _Query.match(match, sets)) for match in line.matches)
+        if not isinstance(action, VerdictBy | CountBy):
+            return cls(place, line, matches, None)
+        return cls(place, line, matches, asked.setdefault(action, _Query.find(action.fields, sets[action.map])))
+
+
 class Hooks:
     """The chains of an artefact, called as nf_tables calls them."""
 
     def __init__(self, artefact: Artefact) -> None:
-        self._sets = artefact.sets
-        # Only a segment's size depends on lines that have no action.
+        asked: dict[Hashable, _Query] = {}
         self._lines = {
-            name: tuple((place, line) for place, line in enumerate(chain.lines) if line.action is not None)
+            name: tuple(
+                _Prepared.of(place, line, artefact.sets, asked)
+                for place, line in enumerate(chain.lines)
+                if line.action is not None
+            )
             for name, chain in artefact.chains.items()
         }
         self._based: dict[str, list[Chain]] = {}
@@ -182,8 +205,8 @@ class Hooks:
 
     def _run(self, chain: str, packet: Packet, called: _Called) -> str | None:  # noqa: PLR0912 - a branch an action
         """The verdict of a chain and of those that it leads to; None: it came to its end."""
-        for place, line in self._lines[chain]:
-            if not packet.given.all_of(self._question(match, packet, called.known) for match in line.matches):
+        for place, line, matches, lookup in self._lines[chain]:
+            if not packet.given.all_of(query.of(packet, called.known) for query in matches):
                 continue
             if line.counter:
                 packet.counted.append(line.counter)
@@ -199,16 +222,16 @@ class Hooks:
                     packet.given.join((inside, packet.state))
                 case Verdict("goto", target):
                     return self._run(target, packet, called)
-                case VerdictBy(fields, name):
-                    found = self._find(name, fields, packet, called.known)
+                case VerdictBy() if lookup:
+                    found = packet.given.ask(lookup.of(packet, called.known))
                     if found is not None:
                         packet.trail.append(Step(called.hook, chain, line))
                         return self._run(found.removeprefix("goto "), packet, called)
                 case SetMark(keep, bits):
                     packet.trail.append(Step(called.hook, chain, line))
                     packet.mark = packet.mark.written(keep, bits)
-                case CountBy(fields, name):
-                    found = self._find(name, fields, packet, called.known)
+                case CountBy() if lookup:
+                    found = packet.given.ask(lookup.of(packet, called.known))
                     if found is not None:
                         packet.counted.append(found)
                 case Translate(family, address) if family is packet.family:
@@ -218,50 +241,70 @@ class Hooks:
                     return "accept"
         return None
 
-    def _question(self, match: Match, packet: Packet, known: bool) -> Question:
+
+class _Query:
+    """What a match or a map asks of a packet's fields, and the questions that this has come to."""
+
+    def __init__(self, fields: tuple[Field, ...], named: Named | None, say: Callable[[Any], Any], without: Any) -> None:
+        self._fields, self._named, self._say, self._without = fields, named, say, without
+        self._questions: dict[tuple[_Term, ...], Question] = {}
+
+    @classmethod
+    def match(cls, match: Match, sets: Mapping[str, Named]) -> _Query:
         """Whether a match holds."""
         if match.among:
-            named = self._sets[match.among]
-            return _asked(
-                match.fields,
-                packet,
-                known,
-                lambda key: None not in key and (named.find(key) is not None) is not match.negated,
-            )
+            return cls(match.fields, sets[match.among], lambda found: (found is None) is match.negated, False)
 
-        def compare(key: tuple[object, ...]) -> bool:
-            (value,) = key
-            if value is None:
-                return False
+        def compare(value: object) -> bool:
             if isinstance(value, frozenset):
                 return bool(value & match.values) is not match.negated
             return (value in match.values) is not match.negated
 
-        return _asked(match.fields, packet, known, compare)
+        return cls(match.fields, None, compare, False)
 
-    def _find(self, name: str, fields: tuple[Field, ...], packet: Packet, known: bool) -> str | None:
-        """The value that a map has for fields."""
-        named = self._sets[name]
-        names, by = _asked(fields, packet, known, lambda key: None if None in key else named.find(key))
-        found: str | None = packet.given.tell(names, by)
-        return found
+    @classmethod
+    def find(cls, fields: tuple[Field, ...], named: Named) -> _Query:
+        """The value that a map has for fields; None: none."""
+        return cls(fields, named, lambda found: found, None)
+
+    def of(self, packet: Packet, known: bool) -> Question:
+        """The question for a packet."""
+        terms = tuple([_term(each, packet, known) for each in self._fields])
+        if terms not in self._questions:
+            self._questions[terms] = self._question(terms)
+        return self._questions[terms]
+
+    def _question(self, terms: tuple[_Term, ...]) -> Question:
+        names = tuple(dict.fromkeys([term.of for term in terms if term.of]))
+        if self._named and len(names) == len(terms) == 2:
+            return Question(names, partial(self._beside, terms[1]), partial(self._others, terms[0]), {})
+        find = self._named.find if self._named else None
+        if len(terms) == 1:
+            value, say, without = terms[0].value, self._say, self._without
+
+            def alone(given: object = None) -> Any:
+                part = value(given)
+                return without if part is None else say(find((part,)) if find else part)
+
+            return Question(names, alone, known={})
+        places = [names.index(term.of) if term.of else -1 for term in terms]
+
+        def beside(*values: object) -> Any:
+            parts = tuple([term.value(values[at] if at >= 0 else None) for term, at in zip(terms, places, strict=True)])
+            return self._without if None in parts or find is None else self._say(find(parts))
+
+        return Question(names, beside, known={})
+
+    def _others(self, first: _Term, value: object) -> frozenset[tuple[object, str]] | None:
+        part = first.value(value)
+        return None if part is None or self._named is None else self._named.beside(part)
+
+    def _beside(self, second: _Term, others: frozenset[tuple[object, str]] | None, value: object) -> Any:
+        part = second.value(value)
+        return self._without if others is None or part is None else self._say(dict(others).get(part))
 
 
-def _asked(fields: tuple[Field, ...], packet: Packet, known: bool, by: Callable[[tuple[object, ...]], Any]) -> Question:
-    """What is to be known of a packet's fields, one value beside the other."""
-    terms = [_term(each, packet, known) for each in fields]
-    names = tuple(dict.fromkeys(term.of for term in terms if term.of))
-    if len(terms) == 1:
-        value = terms[0].value
-        return Question(names, lambda *given: by((value(*given or (None,)),)))
-    places = [names.index(term.of) if term.of else -1 for term in terms]
-
-    def of(*values: object) -> Any:
-        return by(tuple([term.value(values[at] if at >= 0 else None) for term, at in zip(terms, places, strict=True)]))
-
-    return Question(names, of)
-
-
+@lru_cache(maxsize=1 << 12)
 def _constant(value: object) -> _Term:
     return _Term("", lambda _: value)
 
@@ -278,7 +321,9 @@ def _term(wanted: Field, packet: Packet, known: bool) -> _Term:
         case "nfproto":
             return _constant(packet.family)
         case "iifname" | "oifname":
-            return _Term(wanted.name.removesuffix("name"), _itself)
+            # In a hook that has no such link its name is empty (net/netfilter/nft_meta.c, nft_meta_store_ifname).
+            link = wanted.name.removesuffix("name")
+            return _Term(link, _itself) if packet.given.has(link) else _constant("")
         case "syn":
             return _constant(False)  # only a segment's size depends on it
         case "status" | "direction" | "original" if not known:
@@ -296,10 +341,12 @@ def _term(wanted: Field, packet: Packet, known: bool) -> _Term:
     return _Term(place, _itself if wanted.mask == -1 else _masked(wanted.mask))
 
 
+@lru_cache(maxsize=1 << 12)
 def _masked(mask: int) -> Callable[[object], object]:
     return lambda address: address & mask if isinstance(address, int) else address
 
 
+@lru_cache(maxsize=1 << 12)
 def _mark(mark: Mark, mask: int) -> _Term:
     mask &= ALL_BITS
     if not mark.keep & mask:

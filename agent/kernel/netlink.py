@@ -26,6 +26,8 @@ NLA_TYPE_MASK = 0x3FFF
 HEADER = struct.Struct("=IHHII")
 #: Bytes that one receive has room for: a dump comes in pieces of 32 KiB at most (net/netlink/af_netlink.c).
 DUMP_ROOM, ANSWER_ROOM = 1 << 17, 1 << 13
+#: So many questions are asked at once: the answers have to fit the socket's buffer, 4 KiB each at the worst.
+TOGETHER = 32
 #: asm-generic/socket.h; what netlink_sendmsg() keeps of a socket's buffer for itself (net/netlink/af_netlink.c).
 SO_SNDBUFFORCE, SEND_OVERHEAD = 32, 32
 #: How often a dump is asked for again that a change interrupted, and after how many seconds.
@@ -65,6 +67,40 @@ class Netlink:
         if not answers:
             raise KernelError(doing, "somebody changed it while it was read")
         return answers[0][HEADER.size :]
+
+    def ask_each(self, doing: str, kind: int, bodies: Sequence[bytes]) -> list[bytes | str]:
+        """The one message that answers each of several requests, without its header; or the error, in words.
+
+        For rtnetlink, which has answered when the send returns (net/core/rtnetlink.c, rtnetlink_rcv).
+        """
+        answers: list[bytes | str] = []
+        for at in range(0, len(bodies), TOGETHER):
+            answers += self._ask_together(doing, kind, bodies[at : at + TOGETHER])
+        return answers
+
+    def _ask_together(self, doing: str, kind: int, bodies: Sequence[bytes]) -> list[bytes | str]:
+        first = self._sequence + 1
+        self._sequence += len(bodies)
+        answers: dict[int, bytes | str] = {}
+        try:
+            self._socket.send(
+                b"".join(
+                    HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST, first + place, 0) + body
+                    for place, body in enumerate(bodies)
+                )
+            )
+            while len(answers) < len(bodies):
+                data = self._socket.recv(ANSWER_ROOM, socket.MSG_DONTWAIT)
+                size, answer, _, sequence, _ = HEADER.unpack_from(data)
+                if sequence < first:  # of a question that was given up
+                    continue
+                if answer == NLMSG_ERROR:
+                    answers[sequence - first] = os.strerror(-struct.unpack_from("=i", data, HEADER.size)[0])
+                else:
+                    answers[sequence - first] = data[HEADER.size : size]
+        except OSError as error:
+            raise KernelError(doing, os.strerror(error.errno or 0)) from error
+        return [answers[place] for place in range(len(bodies))]
 
     def dump(self, doing: str, kind: int, body: bytes, wanted: Wanted | None = None) -> list[bytes]:
         """The messages of a dump, with their headers: those that are `wanted`, or all.

@@ -1,7 +1,9 @@
 """rtnetlink: links, addresses, routes, rules and route lookups of this network namespace.
 
-The only importer of pyroute2. No netlink message crosses this room's door: what comes in and goes out are values of
-`agent.model`; a field's oddity is explained where it is converted.
+The only importer of pyroute2, which writes. It takes longer to import than to read all that there is to read, and
+decodes slower than the kernel tells: it is imported with the first change, or the first rule that isn't plain. No
+netlink message crosses this room's door: what comes in and goes out are values of `agent.model`; a field's oddity is
+explained where it is converted.
 """
 
 from __future__ import annotations
@@ -10,27 +12,23 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from ipaddress import ip_address, ip_network
+from functools import cached_property
+from ipaddress import ip_address
 from types import TracebackType
-from typing import Any
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import rt_type
-from pyroute2.netlink.rtnl.fibmsg import fibmsg
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.kernel import KernelError
+from agent.kernel.attributes import Attributes, attribute, attributes, each
 from agent.kernel.netlink import HEADER, Netlink, Wanted
 from agent.model import (
     GOTO,
     LOOKUP,
     NOP,
     PROTOCOL,
+    TABLE_LOCAL,
     TABLE_MAIN,
     UNREACHABLE,
     Address,
@@ -45,18 +43,36 @@ from agent.model import (
     Rule,
 )
 
-RTM_GETLINK, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_GETRULE = 18, 22, 24, 26, 34
-#: Offsets of the destination's length, the protocol, the scope and the attributes from a route message's start
-#: (linux/netlink.h, linux/rtnetlink.h).
-RTM_DST_LEN, RTM_PROTOCOL, RTM_SCOPE, RTM_ATTRIBUTES = 17, 21, 22, 28
-RTA_GATEWAY = 5
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
-#: ifinfomsg: family, type, index, flags, change (linux/rtnetlink.h).
-IFINFOMSG = struct.Struct("=BxHiII")
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETRULE = 18, 22, 26, 34
+#: ifinfomsg: family, type, index, flags, change; ifaddrmsg: family, length, flags, scope, index; rtmsg and
+#: fib_rule_hdr: see `_Routing`; rtnexthop: size, flags, weight less one, index (linux/rtnetlink.h, linux/if_addr.h).
+IFINFOMSG, IFADDRMSG, RTMSG = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=BBBBBBBBI")
+RTNEXTHOP = struct.Struct("=HBBi")
+#: Offsets of the destination's length, the protocol, the scope, the type and the attributes from a route message's
+#: start (linux/netlink.h, linux/rtnetlink.h).
+RTM_DST_LEN, RTM_PROTOCOL, RTM_SCOPE, RTM_TYPE, RTM_ATTRIBUTES = 17, 21, 22, 23, 28
+#: Attributes of addresses, links, routes and rules (linux/if_addr.h, if_link.h, rtnetlink.h, fib_rules.h).
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
+IFLA_IFNAME, IFLA_MTU, IFLA_EXT_MASK = 3, 4, 29
+RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH = 1, 2, 3, 4, 5, 6, 7, 9
+RTA_CACHEINFO, RTA_TABLE, RTA_MARK, RTA_VIA, RTA_PREF = 12, 15, 16, 18, 20
+FRA_SRC, FRA_IIFNAME, FRA_GOTO, FRA_PRIORITY, FRA_FWMARK, FRA_FWMASK = 2, 3, 4, 6, 10, 16
+FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_PROTOCOL = 14, 15, 21
+#: Of rta_cacheinfo how long a route is good for yet, which is negative when it no longer is (linux/rtnetlink.h).
+EXPIRES = struct.Struct("=8xi")
+
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x1, 0x8, 0x20, 0x40
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
-RTN_UNICAST = 1
+RTN_UNICAST, RTN_LOCAL = 1, 2
+#: linux/rtnetlink.h: the types of routes, by ip-route(8)'s word for them.
+KINDS = (
+    *("unspec", "unicast", "local", "broadcast", "anycast", "multicast"),
+    *("blackhole", "unreachable", "prohibit", "throw", "nat", "xresolve"),
+)
 RTNH_F_ONLINK = 4
 RTM_F_LOOKUP_TABLE = 0x1000
 FIB_RULE_INVERT = 2
@@ -70,32 +86,65 @@ HOUSEHOLD = frozenset({RTPROT_KERNEL, 3, 4, RTPROT_RA, 16})
 #: Those of connected networks.
 CONNECTED = {Family.IPV4: (RTPROT_KERNEL,), Family.IPV6: (RTPROT_KERNEL, RTPROT_RA)}
 
-#: What a rule of ours may say; `FRA_SUPPRESS_PREFIXLEN` is in every dump, 0xffffffff meaning "no".
-RULE_ATTRIBUTES = frozenset(
-    {
-        "FRA_PRIORITY",
-        "FRA_TABLE",
-        "FRA_FWMARK",
-        "FRA_FWMASK",
-        "FRA_SRC",
-        "FRA_IIFNAME",
-        "FRA_GOTO",
-        "FRA_PROTOCOL",
-    }
-)
+#: What a rule of ours may say, with pyroute2's names; `FRA_SUPPRESS_PREFIXLEN` is in every dump, 0xffffffff meaning
+#: "no".
+RULE_ATTRIBUTES = {
+    FRA_PRIORITY: "FRA_PRIORITY",
+    FRA_TABLE: "FRA_TABLE",
+    FRA_FWMARK: "FRA_FWMARK",
+    FRA_FWMASK: "FRA_FWMASK",
+    FRA_SRC: "FRA_SRC",
+    FRA_IIFNAME: "FRA_IIFNAME",
+    FRA_GOTO: "FRA_GOTO",
+    FRA_PROTOCOL: "FRA_PROTOCOL",
+}
 SUPPRESS_NOTHING = 0xFFFFFFFF
 
 #: The routes that are gone already when a delete comes: with their link, or by somebody else's hand.
 GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
-Message = Any  # pyroute2's nlmsg: a dict of header fields, with get_attr()
+#: A packet whose route is looked up: destination, source, mark, and the link it arrives on.
+Packet = tuple[Address, Address | None, int, str | None]
+
+
+class _Routing(NamedTuple):
+    """What is said of a route, or of a rule, whose message has the same shape (rtmsg, fib_rule_hdr)."""
+
+    family: int
+    destination_length: int
+    source_length: int
+    tos: int
+    table: int
+    protocol: int
+    scope: int
+    kind: int  # a rule's action
+    flags: int
+    attributes: Attributes
+
+    @classmethod
+    def of(cls, data: bytes, offset: int = HEADER.size) -> _Routing:
+        """From a message, whose header ends at an offset."""
+        return cls._make((*RTMSG.unpack_from(data, offset), attributes(data[offset + RTMSG.size :])))
+
+    def number(self, kind: int) -> int | None:
+        """A number of 32 bits, if it is there."""
+        return _number(self.attributes, kind)
+
+    def address(self, kind: int) -> Address | None:
+        """An address, if it is there."""
+        return ip_address(self.attributes[kind]) if kind in self.attributes else None
+
+    @property
+    def table_number(self) -> int:
+        """The header's byte says 252 for "see the attribute"."""
+        return self.number(RTA_TABLE) or self.table  # FRA_TABLE is the same number
 
 
 class Rtnl:
     """A conversation with rtnetlink in the namespace of the thread that opened it. Every method raises KernelError."""
 
     def __init__(self) -> None:
-        self._ipr = IPRoute(strict_check=True, ext_ack=True)
+        self._namespace = _namespace()
         self._dumps = Netlink(socket.NETLINK_ROUTE, strict=True)
         self._names: dict[int, str] = {}
 
@@ -106,7 +155,8 @@ class Rtnl:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._dumps.close()
-        self._ipr.close()
+        if "_writer" in self.__dict__:
+            self._writer.close()
 
     # --- reading ---
 
@@ -116,35 +166,38 @@ class Rtnl:
         An address that turned out to be a neighbour's is left out: nothing can be sent from it, nor arrives for it.
         """
         addresses: dict[int, list[LinkAddress]] = {}
-        for message in self._dump("list addresses", RTM_GETADDR, ifaddrmsg()):
-            flags = message.get_attr("IFA_FLAGS") or 0
+        for answer in self._dumps.dump("list addresses", RTM_GETADDR, bytes(IFADDRMSG.size)):
+            family, length, _, scope, index = IFADDRMSG.unpack_from(answer, HEADER.size)
+            said = attributes(answer[HEADER.size + IFADDRMSG.size :])
+            flags = _number(said, IFA_FLAGS) or 0
             if flags & IFA_F_DADFAILED:
                 continue
-            # On a point-to-point link IFA_ADDRESS is the peer's, IFA_LOCAL ours; IPv6 gives the latter only there.
-            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
             address = LinkAddress(
-                address=ip_address(text),
-                length=message["prefixlen"],
-                scope_global=message["scope"] == RT_SCOPE_UNIVERSE,
+                # On a point-to-point link IFA_ADDRESS is the peer's, IFA_LOCAL ours; IPv6 gives the latter only there.
+                address=ip_address(said[IFA_LOCAL if IFA_LOCAL in said else IFA_ADDRESS]),
+                length=length,
+                scope_global=scope == RT_SCOPE_UNIVERSE,
                 tentative=bool(flags & IFA_F_TENTATIVE),
                 deprecated=bool(flags & IFA_F_DEPRECATED),
                 # The same bit is IFA_F_SECONDARY in IPv4: a second address of one network.
-                temporary=message["family"] == socket.AF_INET6 and bool(flags & IFA_F_TEMPORARY),
+                temporary=family == socket.AF_INET6 and bool(flags & IFA_F_TEMPORARY),
             )
-            addresses.setdefault(message["index"], []).append(address)
-        request = ifinfmsg()
-        request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
-        links = [
-            Link(
-                name=_link_name(message.get_attr("IFLA_IFNAME")),
-                index=message["index"],
-                up=bool(message["flags"] & IFF_UP),
-                carrier=bool(message["flags"] & IFF_LOWER_UP),
-                mtu=message.get_attr("IFLA_MTU"),
-                addresses=tuple(sorted(addresses.get(message["index"], ()), key=_address_order)),
+            addresses.setdefault(index, []).append(address)
+        links = []
+        request = bytes(IFINFOMSG.size) + attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_bytes(4, sys.byteorder))
+        for answer in self._dumps.dump("list links", RTM_GETLINK, request):
+            _, _, index, flags, _ = IFINFOMSG.unpack_from(answer, HEADER.size)
+            said = attributes(answer[HEADER.size + IFINFOMSG.size :])
+            links.append(
+                Link(
+                    name=_text(said[IFLA_IFNAME]),
+                    index=index,
+                    up=bool(flags & IFF_UP),
+                    carrier=bool(flags & IFF_LOWER_UP),
+                    mtu=_number(said, IFLA_MTU) or 0,
+                    addresses=tuple(sorted(addresses.get(index, ()), key=_address_order)),
+                )
             )
-            for message in self._dump("list links", RTM_GETLINK, request)
-        ]
         self._names = {link.index: link.name for link in links}
         return tuple(sorted(links, key=lambda link: link.name))
 
@@ -177,7 +230,7 @@ class Rtnl:
             found = [
                 message
                 for message in messages
-                if message["type"] == RTN_UNICAST and message["proto"] != PROTOCOL and not _is_expired(message)
+                if message.kind == RTN_UNICAST and message.protocol != PROTOCOL and not _is_expired(message)
             ]
         except KernelError:
             # The kernel knows no filter by a link that went just now.
@@ -207,52 +260,71 @@ class Rtnl:
         """Whether a table has no route at all, in no family; those that are there are not decoded."""
         return not any(True for family in Family for _ in self._dump_routes(family, table=table))
 
+    def local_addresses(self) -> frozenset[Address]:
+        """The addresses that are this host's own by routes of table local."""
+        return frozenset(
+            ip_address(message.attributes[RTA_DST])
+            for family in Family
+            for message in self._dump_routes(family, table=TABLE_LOCAL, wanted=_IS_OWN[family])
+        )
+
     def rules(self) -> tuple[tuple[Rule, bool], ...]:
         """All rules in the kernel's order, each with whether it is ours by its protocol number."""
-        return tuple(
-            (_to_rule(message), message.get_attr("FRA_PROTOCOL") == PROTOCOL)
-            for family in Family
-            for message in self._dump(f"list {family} rules", RTM_GETRULE, _of_family(fibmsg(), family))
-        )
+        return tuple((_to_rule(data), _is_our_rule(data)) for data in self._dump_rules())
 
     def our_rules(self) -> tuple[Rule, ...]:
         """The rules of our protocol number, in the kernel's order; a rule that is there twice is here twice."""
-        return tuple(rule for rule, ours in self.rules() if ours)
+        return tuple(_to_rule(data) for data in self._dump_rules() if _is_our_rule(data))
 
     def lookup(
         self, destination: Address, *, source: Address | None = None, fwmark: int = 0, arriving: str | None = None
     ) -> Lookup:
         """Ask the kernel for a packet's route, as `ip route get` does; with `arriving` as for one that is forwarded."""
+        (answer,) = self.lookups([(destination, source, fwmark, arriving)])
+        return answer
+
+    def lookups(self, packets: Iterable[Packet]) -> tuple[Lookup, ...]:
+        """The same for many packets, which takes half as long each."""
+        bodies = [self._asking_for(*packet) for packet in packets]
+        return tuple(map(self._to_lookup, self._dumps.ask_each("look up routes", RTM_GETROUTE, bodies)))
+
+    def _asking_for(self, destination: Address, source: Address | None, fwmark: int, arriving: str | None) -> bytes:
         family = Family.of(destination)
-        question = _of_family(rtmsg(), family)
-        question["dst_len"] = family.bits
-        question["attrs"] = [("RTA_DST", str(destination))]
-        if family is Family.IPV4:
-            # Else IPv4 answers "254" whatever the table. IPv6 always tells, and refuses the flag.
-            question["flags"] = RTM_F_LOOKUP_TABLE
+        # Else IPv4 answers "254" whatever the table. IPv6 always tells, and refuses the flag.
+        flags = RTM_F_LOOKUP_TABLE if family is Family.IPV4 else 0
+        header = RTMSG.pack(family.number, family.bits, family.bits if source else 0, 0, 0, 0, 0, 0, flags)
+        asked = {RTA_DST: destination.packed}
         if source:
-            question["src_len"] = family.bits
-            question["attrs"].append(("RTA_SRC", str(source)))
+            asked[RTA_SRC] = source.packed
         if fwmark:
-            question["attrs"].append(("RTA_MARK", fwmark))
+            asked[RTA_MARK] = fwmark.to_bytes(4, sys.byteorder)
         if arriving:
-            question["attrs"].append(("RTA_IIF", self._index(arriving)))
-        question.encode()
-        # By pyroute2's own request this takes three times as long, and every scrape asks once an identity and family.
-        doing = f"look up the route to {destination}"
-        try:
-            body = self._dumps.ask(doing, RTM_GETROUTE, bytes(question.data[HEADER.size :]))
-        except KernelError as error:
-            return Lookup(error=error.why)
-        answer = rtmsg(HEADER.pack(HEADER.size + len(body), RTM_NEWROUTE, 0, 0, 0) + body)
-        answer.decode()
-        if answer["type"] not in (RTN_UNICAST, 2):  # 2: RTN_LOCAL
+            asked[RTA_IIF] = self._index(arriving).to_bytes(4, sys.byteorder)
+        return header + b"".join(attribute(kind, value) for kind, value in asked.items())
+
+    def _to_lookup(self, said: bytes | str) -> Lookup:
+        if isinstance(said, str):
+            return Lookup(error=said)
+        answer = _Routing.of(said, 0)
+        if answer.kind not in (RTN_UNICAST, RTN_LOCAL):
             # IPv6 answers with the route itself where IPv4 answers with an error.
-            return Lookup(table=_table(answer), error=rt_type.get(answer["type"], str(answer["type"])))
+            return Lookup(table=answer.table_number, error=_kind(answer))
         hop = self._to_hops(answer)[0]
-        return Lookup(table=_table(answer), link=hop.link, via=hop.via)
+        return Lookup(table=answer.table_number, link=hop.link, via=hop.via)
 
     # --- writing ---
+
+    @cached_property
+    def _writer(self) -> IPRoute:
+        if _namespace() != self._namespace:
+            raise KernelError("open rtnetlink for changes", "this thread has gone to another network namespace")
+        from pyroute2 import IPRoute  # noqa: PLC0415
+
+        return IPRoute(strict_check=True, ext_ack=True)
+
+    def prepare(self) -> None:
+        """Have at hand what changes are made with, so that the first one is not kept waiting for its import."""
+        _ = self._writer
 
     def add_route(self, route: Route) -> None:
         self._change_route("add", route)
@@ -292,7 +364,7 @@ class Rtnl:
             if route.family is Family.IPV4:
                 request["scope"] = RT_SCOPE_NOWHERE
             with _asking(f"{route.family.ip} route {verb} {route}", GONE):
-                self._ipr.route(verb, **request)
+                self._writer.route(verb, **request)
             return
         if route.source:
             request["prefsrc"] = str(route.source)
@@ -307,7 +379,7 @@ class Rtnl:
                 request["multipath"] = [
                     {"hops": hop.weight - 1, **self._from_hop(hop, route.family)} for hop in route.hops
                 ]
-            self._ipr.route(verb, **request)
+            self._writer.route(verb, **request)
 
     def _change_rule(self, verb: str, rule: Rule, fine: frozenset[int]) -> None:
         request: dict[str, Any] = {
@@ -329,7 +401,7 @@ class Rtnl:
             request |= {"src": str(rule.source).partition("/")[0], "src_len": rule.source.length}
         request |= {name: _thaw(value) for name, value in rule.extra}
         with _asking(f"{rule.family.ip} rule {verb} {rule}", fine):
-            self._ipr.rule(verb, **request)
+            self._writer.rule(verb, **request)
 
     # --- conversions ---
 
@@ -348,40 +420,45 @@ class Rtnl:
                 return f"if{index}"  # gone between the dump and now; a next pass sees it gone
         return self._names[index]
 
-    def _to_route(self, message: Message) -> Route:
-        family = Family.IPV4 if message["family"] == socket.AF_INET else Family.IPV6
-        destination = message.get_attr("RTA_DST")
-        kind = rt_type.get(message["type"], str(message["type"]))
-        source = message.get_attr("RTA_PREFSRC")
+    def _to_route(self, message: _Routing) -> Route:
+        family = _family(message)
+        destination = message.attributes.get(RTA_DST)
+        kind = _kind(message)
         return Route(
             destination=(
-                Prefix.parse(f"{destination}/{message['dst_len']}") if destination else Prefix.default(family)
+                Prefix(family, int.from_bytes(destination, "big"), message.destination_length)
+                if destination
+                else Prefix.default(family)
             ),
-            table=_table(message),
+            table=message.table_number,
             # An IPv6 route that is not unicast reads back with "dev lo", which nobody asked for.
             hops=self._to_hops(message) if kind == "unicast" else (),
             kind=kind,
-            metric=message.get_attr("RTA_PRIORITY") or 0,
-            source=ip_address(source) if source else None,
-            tos=message["tos"],
+            metric=message.number(RTA_PRIORITY) or 0,
+            source=message.address(RTA_PREFSRC),
+            tos=message.tos,
         )
 
-    def _to_hops(self, message: Message) -> tuple[Hop, ...]:
-        several = message.get_attr("RTA_MULTIPATH")
-        if several:
-            return tuple(self._to_hop(hop, hop["oif"], hop["hops"] + 1) for hop in several)
-        return (self._to_hop(message, message.get_attr("RTA_OIF") or 0, 1),)
+    def _to_hops(self, message: _Routing) -> tuple[Hop, ...]:
+        several = message.attributes.get(RTA_MULTIPATH)
+        if not several:
+            return (self._to_hop(message.attributes, message.number(RTA_OIF) or 0, message.flags, 1),)
+        hops, offset = list[Hop](), 0
+        while offset < len(several):
+            size, flags, others, index = RTNEXTHOP.unpack_from(several, offset)
+            said = attributes(several[offset + RTNEXTHOP.size : offset + size])
+            hops.append(self._to_hop(said, index, flags, others + 1))
+            offset += (size + 3) & ~3
+        return tuple(hops)
 
-    def _to_hop(self, message: Message, index: int, weight: int) -> Hop:
-        via = message.get_attr("RTA_GATEWAY")
-        other = message.get_attr("RTA_VIA")
-        if other:
-            via = other["addr"]
+    def _to_hop(self, said: Attributes, index: int, flags: int, weight: int) -> Hop:
+        # RTA_VIA, a gateway of the other family: two bytes that say which one, then the address (struct rtvia).
+        via = said.get(RTA_GATEWAY) or said.get(RTA_VIA, b"")[2:]
         return Hop(
             link=self._name(index),
             via=ip_address(via) if via else None,
             # The same word holds the kernel's own notes (dead, linkdown, offload): only this one is configuration.
-            onlink=bool(message["flags"] & RTNH_F_ONLINK),
+            onlink=bool(flags & RTNH_F_ONLINK),
             weight=weight,
         )
 
@@ -403,24 +480,27 @@ class Rtnl:
         link: int = 0,
         protocol: int = 0,
         wanted: Wanted | None = None,
-    ) -> Iterator[Message]:
-        """Routes of a dump that the kernel filters by table, link and protocol."""
-        request = _of_family(rtmsg(), family)
-        request["proto"] = protocol
-        request["attrs"] = [("RTA_TABLE", table)] * bool(table) + [("RTA_OIF", link)] * bool(link)
-        return self._dump(f"list {family} routes", RTM_GETROUTE, request, wanted)
+    ) -> Iterator[_Routing]:
+        """Routes of a dump that the kernel filters by table, link and protocol.
 
-    def _dump(self, doing: str, kind: int, request: Message, wanted: Wanted | None = None) -> Iterator[Message]:
-        """The messages of a dump, decoded by pyroute2.
-
-        Its own dumps don't let the kernel filter (4 s with 50,000 foreign routes where this takes 1 ms), and take one
-        for whole that a change interrupted.
+        pyroute2's own dumps don't let it (4 s with 50,000 foreign routes where this takes 1 ms), and take one for whole
+        that a change interrupted.
         """
-        request.encode()
-        for answer in self._dumps.dump(doing, kind, bytes(request.data[HEADER.size :]), wanted):
-            message = type(request)(answer)
-            message.decode()
-            yield message
+        body = RTMSG.pack(family.number, 0, 0, 0, 0, protocol, 0, 0, 0)
+        for kind, value in ((RTA_TABLE, table), (RTA_OIF, link)):
+            body += attribute(kind, value.to_bytes(4, sys.byteorder)) if value else b""
+        return map(_Routing.of, self._dumps.dump(f"list {family} routes", RTM_GETROUTE, body, wanted))
+
+    def _dump_rules(self) -> Iterator[bytes]:
+        for family in Family:
+            body = RTMSG.pack(family.number, *bytes(8))
+            yield from self._dumps.dump(f"list {family} rules", RTM_GETRULE, body)
+
+
+def _namespace() -> tuple[int, int]:
+    """What tells the network namespace of this thread from all others (namespaces(7))."""
+    status = os.stat("/proc/thread-self/ns/net")
+    return status.st_dev, status.st_ino
 
 
 def _index_of(link: str) -> int | None:
@@ -430,26 +510,38 @@ def _index_of(link: str) -> int | None:
         return None
 
 
-def _is_expired(message: Message) -> bool:
+def _is_expired(message: _Routing) -> bool:
     """An IPv6 route whose time is over is dumped until it is collected, half a minute later; lookups pass it over."""
-    cache = message.get_attr("RTA_CACHEINFO")
-    return bool(cache) and int(cache["rta_expires"]) < 0
+    cache = message.attributes.get(RTA_CACHEINFO)
+    return cache is not None and int(EXPIRES.unpack_from(cache)[0]) < 0
 
 
-def _rivals(message: Message) -> object:
+def _rivals(message: _Routing) -> object:
     """What the routes of several routers on a link have in common: the kernel keeps them side by side."""
-    attributes = [message.get_attr(name) for name in ("RTA_DST", "RTA_PRIORITY", "RTA_OIF")]
-    return (message["dst_len"], *attributes)
+    return (message.destination_length, *map(message.attributes.get, (RTA_DST, RTA_PRIORITY, RTA_OIF)))
 
 
-def _preference(message: Message) -> int:
+def _preference(message: _Routing) -> int:
     """A router's preference (RFC 4191): 1 high, 0 medium, -1 low; two bits, 3 for the last (linux/icmpv6.h)."""
-    return {1: 1, 3: -1}.get(message.get_attr("RTA_PREF") or 0, 0)
+    return {1: 1, 3: -1}.get(message.attributes.get(RTA_PREF, b"\0")[0], 0)
 
 
-def _of_family(request: Message, family: Family) -> Message:
-    request["family"] = family.number
-    return request
+def _family(message: _Routing) -> Family:
+    return Family.IPV4 if message.family == socket.AF_INET else Family.IPV6
+
+
+def _kind(message: _Routing) -> str:
+    return KINDS[message.kind] if message.kind < len(KINDS) else str(message.kind)
+
+
+def _number(said: Attributes, kind: int) -> int | None:
+    """A number of 32 bits in the machine's byte order, if it is there."""
+    return int.from_bytes(said[kind], sys.byteorder) if kind in said else None
+
+
+def _text(data: bytes) -> str:
+    """A name. The kernel allows any bytes in a link's."""
+    return os.fsdecode(data.rstrip(b"\0"))
 
 
 def _is_foreign(data: bytes, offset: int) -> bool:
@@ -477,53 +569,77 @@ def _near_ipv6(data: bytes, offset: int) -> bool:
     return True
 
 
+def _is_own(family: Family) -> Wanted:
+    """Whether a route is that of one address which is the host's own."""
+
+    def wanted(data: bytes, offset: int) -> bool:
+        return data[offset + RTM_DST_LEN] == family.bits and data[offset + RTM_TYPE] == RTN_LOCAL
+
+    return wanted
+
+
+_IS_OWN = {family: _is_own(family) for family in Family}
 _NEAR: dict[Family, Wanted] = {Family.IPV4: _near_ipv4, Family.IPV6: _near_ipv6}
 
 
-def _link_name(name: str | bytes) -> str:
-    """The kernel allows any bytes in a name; pyroute2 leaves those undecoded that are not UTF-8."""
-    return name if isinstance(name, str) else os.fsdecode(name)
+def _is_our_rule(data: bytes) -> bool:
+    protocol = bytes((PROTOCOL,))
+    return any(kind == FRA_PROTOCOL and value == protocol for kind, value in each(data[HEADER.size + RTMSG.size :]))
 
 
-def _table(message: Message) -> int:
-    """The header's byte says 252 for "see the attribute"."""
-    return int(message.get_attr("RTA_TABLE") or message["table"])
-
-
-def _to_rule(message: Message) -> Rule:
-    family = Family.IPV4 if message["family"] == socket.AF_INET else Family.IPV6
-    value, mask = message.get_attr("FRA_FWMARK"), message.get_attr("FRA_FWMASK")
-    source = message.get_attr("FRA_SRC")
-    extra = [
-        (name, _freeze(value))
-        for name, value in message["attrs"]
-        if name not in RULE_ATTRIBUTES and (name, value) != ("FRA_SUPPRESS_PREFIXLEN", SUPPRESS_NOTHING)
-    ]
-    network = ip_network(f"{source}/{message['src_len']}", strict=False) if source else None
-    # ip(8) lets a source have host bits; the kernel masks them when it matches, and wants them for a delete.
-    if network and str(network.network_address) != source:
-        extra.append(("src", source))
+def _to_rule(data: bytes) -> Rule:
+    message = _Routing.of(data)
+    family = _family(message)
+    value, mask = message.number(FRA_FWMARK), message.number(FRA_FWMASK)
+    extra = _more(data, message)
+    source, text = None, message.attributes.get(FRA_SRC)
+    if text:
+        written, host = int.from_bytes(text, "big"), (1 << family.bits - message.source_length) - 1
+        source = Prefix(family, written & ~host, message.source_length)
+        # ip(8) lets a source have host bits; the kernel masks them when it matches, and wants them for a delete.
+        if written & host:
+            extra.append(("src", str(ip_address(text))))
     # The kernel takes a mark that does not fit its mask, and matches nothing by it.
     fits = not (value or 0) & ~(mask or 0)
     if not fits:
         extra += [("FRA_FWMARK", value), ("FRA_FWMASK", mask)]
-    extra += [(name, message[name]) for name in ("dst_len", "tos") if message[name]]
-    if message["flags"] & FIB_RULE_INVERT:
+    if message.destination_length:
+        extra.append(("dst_len", message.destination_length))
+    if message.tos:
+        extra.append(("tos", message.tos))
+    if message.flags & FIB_RULE_INVERT:
         extra.append(("flags", FIB_RULE_INVERT))
     return Rule(
         family=family,
-        priority=message.get_attr("FRA_PRIORITY") or 0,
-        # msg["table"] is one byte (252: "see the attribute"); FRA_TABLE is the truth.
-        table=message.get_attr("FRA_TABLE") or message["table"],
+        priority=message.number(FRA_PRIORITY) or 0,
+        table=message.table_number,
         # A rule without an explicit mask reads back 0xffffffff.
-        fwmark=Fwmark(value, mask) if value and fits else None,
-        source=Prefix.parse(str(network)) if network else None,
+        fwmark=Fwmark(value, mask or 0) if value and fits else None,
+        source=source,
         unmarked=mask if mask and not value else 0,
-        iif=message.get_attr("FRA_IIFNAME") or "",
-        action=ACTIONS.get(message["action"], f"type {message['action']}"),
-        target=message.get_attr("FRA_GOTO") or 0,
+        iif=_text(message.attributes.get(FRA_IIFNAME, b"")),
+        action=ACTIONS.get(message.kind, f"type {message.kind}"),
+        target=message.number(FRA_GOTO) or 0,
         extra=tuple(extra),
     )
+
+
+def _more(data: bytes, message: _Routing) -> list[tuple[str, Any]]:
+    """What else a rule says, in pyroute2's names and values: with these it is deleted."""
+    more = message.attributes.keys() - RULE_ATTRIBUTES.keys()
+    if message.number(FRA_SUPPRESS_PREFIXLEN) == SUPPRESS_NOTHING:
+        more -= {FRA_SUPPRESS_PREFIXLEN}
+    if not more:
+        return []
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg  # noqa: PLC0415
+
+    decoded = fibmsg(data)
+    decoded.decode()
+    return [
+        (name, _freeze(value))
+        for name, value in decoded["attrs"]
+        if name not in RULE_ATTRIBUTES.values() and (name, value) != ("FRA_SUPPRESS_PREFIXLEN", SUPPRESS_NOTHING)
+    ]
 
 
 def _action_number(word: str) -> int:
@@ -546,6 +662,8 @@ def _address_order(address: LinkAddress) -> tuple[int, int]:
 @contextmanager
 def _asking(doing: str, fine: frozenset[int] = frozenset()) -> Iterator[None]:
     """Turn what pyroute2 and the socket raise into KernelError; errors in `fine` are passed over."""
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+
     try:
         yield
     except NetlinkError as error:

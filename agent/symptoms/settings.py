@@ -68,6 +68,32 @@ def marks_for_all(desired: Desired, host: Host) -> Iterator[Symptom]:
         )
 
 
+def own_sources(desired: Desired, host: Host) -> Iterator[Symptom]:
+    """accept_local and `drop_own_sources`, which belong together: one alone opens something, or costs something.
+
+    Of accept_local the OR of `all` and the link's takes effect (ip-sysctl.rst), and nothing where rp_filter is on.
+    """
+    accepting = [
+        link
+        for link in host.facts.links
+        if link.name != "lo" and any(host.sysctl(conf("ipv4", name, "accept_local")) for name in ("all", link.name))
+    ]
+    if desired.policy.kernel.drop_own_sources:
+        if all(_rp_filter(host, link) for link in accepting):
+            yield Symptom(
+                "drop_own_sources spares nobody anything: the kernel itself looks whether a source is this host's own",
+                "no link has accept_local = 1 and rp_filter = 0",
+                "on the links with the hosts behind, in /etc/sysctl.d/50-idmark.conf: net.ipv4.conf.NAME.accept_local "
+                "= 1; then sysctl --system; or take drop_own_sources out of the policy",
+            )
+    elif accepting:
+        yield Symptom(
+            f"whoever sends by {some(link.name for link in accepting)} may claim to be this host",
+            _effective(host, accepting[0].name, "accept_local"),
+            "in the policy, under [kernel]: drop_own_sources = true; or accept_local = 0",
+        )
+
+
 def forwarding_off(desired: Desired, host: Host) -> Iterator[Symptom]:
     """Members, and a kernel that passes nothing on."""
     names = [link.name for link in host.facts.links]

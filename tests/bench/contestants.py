@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_interface
 from pathlib import Path
@@ -143,8 +143,16 @@ def _idmark(world: World, sources: Sources) -> None:
     world.idmark("apply", policy=write_policy(sources, world.directory))
 
 
-def write_policy(sources: Sources, directory: Path) -> Path:
-    """A policy of two identities over two uplinks whose members are the sources; everything else is as usual."""
+def _idmark_looks(world: World, sources: Sources) -> None:
+    """The kernel is told not to look up the way back, and the table drops what arrives in the gateway's own name."""
+    world.gateway.sysctl("net/ipv4/conf/lan/accept_local", 1)
+    world.idmark("apply", policy=write_policy(sources, world.directory, ["[kernel]", "drop_own_sources = true"]))
+
+
+def write_policy(sources: Sources, directory: Path, more: Iterable[str] = ()) -> Path:
+    """A policy of two identities over two uplinks whose members are the sources; everything else is as usual, but for
+    lines that are given.
+    """
     lines = ['gateway = "bench"', 'downstream = ["lan"]']
     for number, link in enumerate(UPLINKS):
         (directory / f"{link}.txt").write_text(
@@ -159,8 +167,19 @@ def write_policy(sources: Sources, directory: Path) -> Path:
             f'members = ["file:{link}.txt"]',
         ]
     policy = directory / "policy.toml"
-    policy.write_text("\n".join([*lines, ""]), encoding="ascii")
+    policy.write_text("\n".join([*lines, *more, ""]), encoding="ascii")
     return policy
+
+
+def _only(*rules: str) -> Callable[[World, Sources], None]:
+    """idmark's policy routing, and in its two hooks on the way of a forwarded packet nothing but these rules."""
+
+    def load(world: World, sources: Sources) -> None:
+        _idmark(world, sources)
+        flushed = [f"flush chain inet idmark {hook}" for hook in ("prerouting", "postrouting")]
+        world.nft("\n".join([*flushed, *(f"add rule inet idmark {rule}" for rule in rules), ""]))
+
+    return load
 
 
 def variant(ruleset: Path, routing: Path | None) -> Contestant:
@@ -183,6 +202,7 @@ def variant(ruleset: Path, routing: Path | None) -> Contestant:
 BARE = Contestant("bare gateway", _bare)
 FLOOR = Contestant("one ip rule", _floor)
 IDMARK = Contestant("idmark", _idmark)
+IDMARK_LOOKS = Contestant("idmark, drop_own_sources", _idmark_looks)
 PEERS = (
     Contestant("interval map", _interval_map),
     Contestant("ipset", _ipset),
@@ -190,6 +210,12 @@ PEERS = (
     Contestant("from rules", _from_rules, LINEAR),
     Contestant("iptables MARK", _iptables, LINEAR),
 )
+#: What idmark would cost if it did less: none of these counts or guards anything.
+PARTS = (
+    Contestant("idmark, hooks empty", _only()),
+    Contestant("idmark, a constant mark", _only("prerouting meta mark set 0x01000000")),
+    Contestant("idmark, only marking", _only("prerouting goto source")),
+)
 YARDSTICKS = (BARE, BARE.tracked(), FLOOR, FLOOR.tracked())
-EVERYBODY = (*YARDSTICKS, IDMARK, *PEERS, *(peer.tracked() for peer in PEERS))
-SOME = (*YARDSTICKS, IDMARK, *PEERS[:3], *(peer.tracked() for peer in PEERS[:2]))
+EVERYBODY = (*YARDSTICKS, IDMARK, IDMARK_LOOKS, *PEERS, *(peer.tracked() for peer in PEERS))
+SOME = (*YARDSTICKS, IDMARK, IDMARK_LOOKS, *PEERS[:3], *(peer.tracked() for peer in PEERS[:2]))

@@ -28,7 +28,18 @@ from pathlib import Path
 
 from agent.model import Family
 from tests.bench import room
-from tests.bench.contestants import BARE, EVERYBODY, FLOOR, IDMARK, SOME, YARDSTICKS, Contestant, variant, write_policy
+from tests.bench.contestants import (
+    BARE,
+    EVERYBODY,
+    FLOOR,
+    IDMARK,
+    PARTS,
+    SOME,
+    YARDSTICKS,
+    Contestant,
+    variant,
+    write_policy,
+)
 from tests.bench.figures import Report, Spread, Table, spread_figure
 from tests.bench.sources import FLOWS, SHAPES, Sources, draw
 from tests.bench.world import UPLINKS, Bursts, FailedError, Generator, World, world
@@ -42,6 +53,8 @@ SIZE = 128
 LOCAL = {"udp": 128, "tcp-rr": 32, "tcp": 8}
 #: What a gateway's own packets cost hardly depends on its members: once is enough.
 LOCAL_SOURCES = ("mixed", 1024)
+#: Where it is measured what the parts of a ruleset cost.
+DISSECTED = ("hosts", 1024)
 SEED = 73
 #: Bursts until caches are warm: every flow has been seen.
 WARM = FLOWS // SIZE
@@ -270,7 +283,8 @@ def run(
 ) -> Report:
     """Measure; what was found has been printed as well. To be called inside the room.
 
-    Without a word about the `traffic`, local packets are measured as well where the sources are LOCAL_SOURCES.
+    Without a word about the `traffic`, local packets are measured as well where the sources are LOCAL_SOURCES. At
+    DISSECTED the PARTS join everybody.
     """
     report = Report("packets", __doc__.split("\n\n")[1] + ABOUT, room.machine())
     chance = random.Random(seed)
@@ -279,7 +293,8 @@ def run(
         generator = Generator(room.build(directory))
         for sources in several:
             print(f"measuring: {sources.family}, {sources.shape}, {len(sources.prefixes)} sources", file=sys.stderr)
-            with block(sources, contestants, directory, seed) as here:
+            parts = PARTS if contestants is EVERYBODY and (sources.shape, len(sources.prefixes)) == DISSECTED else ()
+            with block(sources, (*contestants, *parts), directory, seed) as here:
                 if not traffic or "forwarded" in traffic:
                     forwarded(here, generator, effort, chance, report)
                 if "local" in traffic or (not traffic and (sources.shape, len(sources.prefixes)) == LOCAL_SOURCES):
@@ -301,7 +316,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="./dev bench packets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [contestant.name for contestant in EVERYBODY]
+    names = [contestant.name for contestant in (*EVERYBODY, *PARTS)]
     parser.add_argument("--family", nargs="+", choices=[*Family], type=Family)
     parser.add_argument("--shape", nargs="+", choices=[*SHAPES])
     parser.add_argument("--sources", nargs="+", type=int, help="how many")
@@ -336,7 +351,7 @@ def main() -> int:
         contestants = (*YARDSTICKS, IDMARK, *(variant(path, arguments.routing) for path in arguments.tried))
     elif arguments.only:
         asked = {*arguments.only, *(yardstick.name for yardstick in YARDSTICKS)}
-        contestants = [contestant for contestant in EVERYBODY if contestant.name in asked]
+        contestants = [contestant for contestant in (*EVERYBODY, *PARTS) if contestant.name in asked]
     usual = QUICK if arguments.quick else FULL
     effort = Effort(arguments.rounds or usual.rounds, arguments.bursts or usual.bursts)
     traffic = arguments.traffic or (["forwarded"] if small else [])

@@ -111,6 +111,20 @@ def _held() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
+def settle(pid: int) -> None:
+    """Wait until a process has nothing to do: until a second costs it less than two hundredths, or LIMIT is over."""
+    deadline, before = time.monotonic() + LIMIT, -1.0
+    while time.monotonic() < deadline and (now := _used(pid)) - before > 0.02:
+        before = now
+        time.sleep(1)
+
+
+def _used(pid: int) -> float:
+    """Seconds of CPU time that a process has used (proc(5), stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident(pid: int) -> tuple[float, float]:
     """MiB that a process has resident now, and at the most so far."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()

@@ -7,6 +7,7 @@ prometheus-client rendering families that are there already.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import http.client
 import os
@@ -22,13 +23,14 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+import agent
 from agent.kernel.nfnl import Nfnl
 from agent.model import Family
 from tests.bench import room
 from tests.bench.contestants import write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure
 from tests.bench.parts import Part, measured
-from tests.bench.process import Cost, resident, timed, took
+from tests.bench.process import Cost, resident, settle, timed, took
 from tests.bench.sources import draw
 from tests.bench.world import UPLINKS, World, world
 from tests.kernel.running import Running, running
@@ -63,6 +65,7 @@ def _policy(count: int, directory: Path) -> Path:
 
 def start(effort: Effort, directory: Path, report: Report) -> None:
     """Commands that do little, in turn with a Python that only imports what reads the policy."""
+    compileall.compile_dir(Path(agent.__file__).parent, quiet=1)  # as pip leaves what it installs
     with world("start", directory) as here:
         policy = _policy(16, here.directory)
         here.idmark("apply", policy=policy)
@@ -72,6 +75,7 @@ def start(effort: Effort, directory: Path, report: Report) -> None:
             "idmark --version": [*IDMARK, "--version"],
             "idmark check": [*IDMARK, "-c", os.fspath(policy), "check"],
             "idmark status": [*IDMARK, "-c", os.fspath(policy), "status"],
+            "idmark plan": [*IDMARK, "-c", os.fspath(policy), "plan"],
         }
         costs: dict[str, list[Cost]] = {name: [] for name in commands}
         state = {"STATE_DIRECTORY": os.fspath(here.directory / "state")}
@@ -171,6 +175,7 @@ class Ready(Collector):
 def scrape(effort: Effort, directory: Path, report: Report) -> None:
     """A whole scrape, what it takes to read the kernel for it, and what others need for either."""
     with world("scrape", directory) as here, _daemon(here, _many(effort.identities, here)) as daemon:
+        settle(daemon.process.pid)  # what it writes down after its first pass is no scrape's
         families = [*text_string_to_metric_families(_scrape(daemon))]
         registry = CollectorRegistry()
         registry.register(Ready(families))

@@ -65,13 +65,16 @@ class Sources:
 
 
 def draw(family: Family, shape: str, count: int, chance: random.Random) -> Sources:
-    """That many prefixes, each length as often as the others."""
+    """That many prefixes, each length as often as the others; but of short ones only as many as there are of them."""
     prefixes: list[Prefix] = []
     lengths = SHAPES[shape][family]
-    for at, length in enumerate(lengths):
+    left = count
+    for at, length in enumerate(reversed(lengths), start=1):
         region = Prefix.parse(REGIONS[family, length])
-        share = count // len(lengths) + (at < count % len(lengths))
-        numbers = chance.sample(range(1 << min(length - region.length, 62)), share)
+        there = range(1 << min(length - region.length, 62))
+        share = min(left // (len(lengths) - at + 1), len(there))
+        left -= share
+        numbers = chance.sample(there, share)
         prefixes += [Prefix(family, region.address | number << family.bits - length, length) for number in numbers]
     chance.shuffle(prefixes)
     return Sources(family, shape, tuple(prefixes))

@@ -10,6 +10,9 @@ import pytest
 
 from agent import facts, reconcile, render
 from agent.desired import desire
+from agent.kernel import KernelError
+from agent.kernel.rtnl import Rtnl
+from agent.model import Family, Fwmark, Rule
 from agent.plan import Load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
@@ -118,6 +121,15 @@ def test_remove_gives_back_the_machine(admin: Admin, text: str) -> None:
 # --- changes of policy -----------------------------------------------------------------------------------------------
 
 BASE = policy_text({"members": MEMBERS})
+
+
+def test_no_change_in_another_namespace(netns: Host, peers: Peers) -> None:
+    """Who was opened in one network namespace refuses to change another one, where the thread has gone since."""
+    other = peers("other")
+    before = [host.ip("rule") for host in (netns, other)]
+    with Rtnl() as rtnl, other.inside(), pytest.raises(KernelError, match="gone to another network namespace"):
+        rtnl.add_rule(Rule(Family.IPV4, 4001, 4001, fwmark=Fwmark(1 << 24, 0x3F000000)))
+    assert [host.ip("rule") for host in (netns, other)] == before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def admin(netns: Host, peers: Peers, tmp_path: Path) -> Admin:
     admin = Admin(netns, tmp_path)
     admin.write(POLICY)
     return admin
+
+
+@pytest.mark.parametrize("words", [["status"], ["plan"], ["explain", "10.9.0.5", WILD["ipv4"], "--in", "lan"]])
+def test_who_only_looks_waits_for_nothing_heavy(admin: Admin, words: list[str]) -> None:
+    """A look at the kernel imports neither pydantic nor pyroute2, nor what these bring along."""
+    code = "import sys\nfrom agent import cli\ncli.main(sys.argv[1:])\nprint(*sys.modules)"
+    ran = admin.host.run([sys.executable, "-c", code, "-c", str(admin.file), *words])
+    assert {"pydantic", "pyroute2", "asyncio", "sqlite3", "rich"}.isdisjoint(ran.splitlines()[-1].split())
 
 
 def test_plan_apply_plan_remove(admin: Admin) -> None:

@@ -396,6 +396,16 @@ def test_marks_for_all_links(patient: Patient) -> None:
     assert "on every link, and so by any program's: lan" in patient.only("mark-valid-for-all").what
 
 
+def test_own_sources(patient: Patient) -> None:
+    """A link with accept_local, and nobody who drops what claims to be this host; and the other way round."""
+    patient.host.sysctl("net/ipv4/conf/lan/accept_local", 1)
+    assert "accept_local: all 0, lan 1, in effect 1" in patient.only("own-sources").evidence
+    patient.admin.apply(policy_text(kernel={"drop_own_sources": True}))
+    assert patient.findings() == ()
+    patient.host.sysctl("net/ipv4/conf/lan/rp_filter", 2)
+    assert "spares nobody" in patient.only("own-sources").what
+
+
 @pytest.mark.parametrize(
     ("sysctl", "setting"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -413,6 +414,59 @@ def test_neighbour_discovery_stays_on_its_link(gateway: Gateway, admin: Admin) -
         assert gateway.gw.ping(LAN_HOST["ipv6"], LAN_GATEWAY["ipv6"])
         assert [packet for packet in lan.packets(LAN_GATEWAY["ipv6"]) if packet.payload[0] in NEIGHBOUR_DISCOVERY]
         assert not vpn0.packets(LAN_GATEWAY["ipv6"])
+
+
+# --- in the host's own name -------------------------------------------------------------------------------------------
+
+
+def forged(source: str, destination: str, port: int) -> bytes:
+    """An empty UDP packet over IPv4 (RFC 791, RFC 768); the kernel fills in what is 0 (raw(7))."""
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_UDP, 0)
+    return header + addresses + struct.pack("!HHHH", 9, port, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("accept_local", "drop_own_sources", "comes"),
+    [
+        pytest.param(0, False, False, id="the-kernel-looks"),
+        pytest.param(1, False, True, id="nobody-looks"),
+        pytest.param(1, True, False, id="our-table-looks"),
+    ],
+)
+@pytest.mark.parametrize("source", [OUTSIDE["ipv4"], LAN_GATEWAY["ipv4"]], ids=["own", "of-no-identity"])
+def test_what_arrives_in_the_host_s_own_name(
+    gateway: Gateway, admin: Admin, *, source: str, accept_local: int, drop_own_sources: bool, comes: bool
+) -> None:
+    """With accept_local the kernel lets in whoever claims to be this host; drop_own_sources keeps him out, and no
+    other, nor what the host says to itself.
+    """
+    gateway.gw.sysctl("net/ipv4/conf/lan/accept_local", accept_local)
+    admin.apply(policy_text(kernel={"drop_own_sources": drop_own_sources}))
+    destination = INSIDE["ipv4"]
+    with (
+        gateway.gw.udp(destination, 4789) as server,
+        gateway.lan.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock,
+    ):
+        senders = (source, LAN_HOST["ipv4"])
+        for sender in senders:
+            sock.sendto(forged(sender, destination, 4789), (destination, 0))
+        gateway.gw.send(destination, source, port=4789)
+        seen = [server.recvfrom(1)[1] for _ in range(2 + comes)]
+    assert [address for address, port in seen if port == 9] == [*senders][not comes :]
+    assert [address for address, port in seen if port != 9] == [source]
+
+
+def test_the_host_hears_its_own_multicast(gateway: Gateway, admin: Admin) -> None:
+    """What a program sends to a group comes to others of this host by the link that it left by: no forger's."""
+    admin.apply(policy_text(kernel={"drop_own_sources": True}))
+    own = socket.inet_aton(LAN_GATEWAY["ipv4"])
+    group = "239.1.2.3"
+    with gateway.gw.udp(group, 5353) as listener, gateway.gw.udp(LAN_GATEWAY["ipv4"]) as sock:
+        listener.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + own)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
+        sock.sendto(b"x", (group, 5353))
+        assert listener.recvfrom(1)[1][0] == LAN_GATEWAY["ipv4"]
 
 
 # --- translation -----------------------------------------------------------------------------------------------------

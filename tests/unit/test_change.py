@@ -341,6 +341,14 @@ def test_gateway(made: Callable[[], Policy], key: str, risky: bool) -> None:
     assert not any(each.risky for each in to(BEFORE, made()).gateway)
 
 
+def test_own_sources() -> None:
+    """That nobody drops any more what claims to be this host is a risk; that somebody does is none."""
+    dropping = replace(BEFORE, kernel=Kernel(drop_own_sources=True))
+    for settings, risky in ((to(dropping).gateway, False), (to(BEFORE, dropping).gateway, True)):
+        (setting,) = settings
+        assert (setting.key, setting.risky) == ("kernel.drop_own_sources", risky)
+
+
 def test_renumbered() -> None:
     """Another base renumbers every identity's table, and each is told."""
     kernel = Kernel(table_base=5000)

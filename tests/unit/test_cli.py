@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -332,12 +333,24 @@ def test_schema(idmark: Idmark) -> None:
 HEAVY = {"agent.model", "asyncio", "prometheus_client", "pydantic", "pyroute2", "rich"}
 
 
+def imported(*words: str) -> set[str]:
+    """The modules that a command has imported by its end."""
+    code = "import sys\nfrom agent import cli\ntry:\n    cli.main(sys.argv[1:])\nfinally:\n    print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return {*ran.stdout.splitlines()[-1].split()}
+
+
 @pytest.mark.parametrize("word", ["--version", "--help"])
 def test_light_start(word: str) -> None:
     """Who asks for little waits for little: none of the heavy packages is imported for it."""
-    code = f"import sys\nfrom agent import cli\ntry:\n    cli.main(['{word}'])\nfinally:\n    print(*sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert HEAVY.isdisjoint(ran.stdout.split())
+    assert HEAVY.isdisjoint(imported(word))
+
+
+@pytest.mark.parametrize("verb", ["check", "render"])
+def test_a_good_policy_is_read_without_pydantic(tmp_path: Path, verb: str) -> None:
+    """pydantic has the words for a policy with faults: one without is not kept waiting for it, nor for the kernel."""
+    (tmp_path / "policy.toml").write_text(GOOD)
+    assert (HEAVY - {"agent.model"}).isdisjoint(imported("-c", str(tmp_path / "policy.toml"), verb))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"], ["--version"]])
@@ -349,6 +362,12 @@ def test_help(idmark: Idmark, words: list[str]) -> None:
     if words == ["--help"]:
         assert all(f" {verb} " in ran.out for verb in (*VERBS, "remove", "schema", "lab"))
         assert "0 in force or nothing found, 1 differs or something found, 2 trouble" in " ".join(ran.out.split())
+
+
+def test_the_collector_of_cycles_goes_on(idmark: Idmark) -> None:
+    """A verb does without the collector, and leaves it as it was to whoever called it."""
+    assert idmark("check").code == 0
+    assert gc.isenabled()
 
 
 def test_reader_gone(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ ILL: dict[str, tuple[Host, Policy]] = {
         ),
         BOTH,
     ),
+    "own-sources": (replace(WELL, sysctls={**SYSCTLS, conf("ipv4", "lan", "accept_local"): 1}), BOTH),
     "forwarding": (replace(WELL, sysctls={}), BOTH),
     "accept-ra": (
         Host(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given as drawn
@@ -47,6 +49,64 @@ def test_every_answer_is_found(
         return sum(said(before)) % 3, tuple(said(after))
 
     assert {found for _, found in follow(run, CHOICES)} == {alone(packet) for packet in PACKETS}
+
+
+def remainder(number: int) -> Callable[[Any], int]:
+    return lambda value: int(value) % (number + 1)
+
+
+#: What may be asked: (kind, property, number), each of its own kind of question.
+asked = st.lists(
+    st.tuples(st.sampled_from(["tell", "within", "first", "both", "all"]), st.sampled_from("abc"), st.integers(0, 7)),
+    max_size=8,
+)
+
+
+@drawn(
+    pairs=st.sets(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=1, max_size=40),
+    thirds=st.sets(st.integers(0, 15), min_size=1),
+    before=asked,
+    after=asked,
+)
+def test_whatever_is_left_of_pairs(
+    pairs: set[tuple[int, int]], thirds: set[int], before: list[tuple[str, str, int]], after: list[tuple[str, str, int]]
+) -> None:
+    """Of any pairs of values, whichever way they are asked and whatever is kept of the answers, the classes are those
+    that the packets say one by one; each packet is in one, and the example is one of them.
+    """
+    kept: dict[tuple[str, int], Question] = {}
+
+    def both(name: str, number: int) -> Question:
+        other = "abc"[("abc".index(name) + 1) % 3]
+        new = Question((name, other), lambda head, value: (head + value) % 3, remainder(number), {})
+        return kept.setdefault((name, number), new)
+
+    def put(given: Given, kind: str, name: str, number: int) -> object:
+        match kind:
+            case "tell":
+                return given.tell((name,), remainder(number))
+            case "within":
+                return given.within(name, frozenset(range(number, 16, 3)))
+            case "first":
+                return given.first(name, (Prefix.parse(f"0.0.0.{number & ~1}/31"), Prefix.parse("0.0.0.0/29")))
+            case "both":
+                return given.ask(both(name, number))
+        less = Question((name,), lambda value: value > number)
+        return given.all_of([less, both(name, number)._replace(by=lambda head, value: head < value, known=None)])
+
+    def run(given: Given) -> tuple[object, ...]:
+        state = sum(hash(put(given, *each)) for each in before) % 3
+        given.join(state)
+        return state, *(put(given, *each) for each in after)
+
+    packets = [{"a": a, "b": b, "c": c} for (a, b), c in product(sorted(pairs), sorted(thirds))]
+    choices = Choices({("a", "b"): sorted(pairs), ("c",): [(third,) for third in sorted(thirds)]})
+    alone = {run(Given.of(**packet)) for packet in packets}
+    ways = list(follow(run, choices))
+    assert {found for _, found in ways} == alone
+    for given, found in ways:
+        told = {name: value for name in "abc" if (value := given.example(name)) is not None}
+        assert any(told.items() <= packet.items() and run(Given.of(**packet)) == found for packet in packets)
 
 
 def test_what_is_not_asked_is_not_split() -> None:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.document import Document, IdentityTable, KernelTable, ProbeTable
 from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
 from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Probe
-from agent.policy import Fault, PolicyError, load, schema
+from agent.policy import Fault, PolicyError, load
+from agent.schema import Document, IdentityTable, KernelTable, ProbeTable, schema
 
 GOOD = """\
 gateway = "gw1"
@@ -1289,6 +1289,15 @@ def test_nat(write: Write, words: str, nat: bool | None) -> None:
     found = load(write(changed(("enforce = true", f"enforce = true\n{words}"))))
     assert found.kernel.nat is nat
     assert (found.digest == load(write()).digest) == (nat is None)
+
+
+def test_drop_own_sources(write: Write) -> None:
+    """The digest of a policy that doesn't say it is what it was before there was the key."""
+    digests = [
+        load(write(changed(("enforce = true", f"enforce = true\n{words}")))).digest
+        for words in ("", "drop_own_sources = false", "drop_own_sources = true")
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("value", ["1", '"no"', "[]", "0"])

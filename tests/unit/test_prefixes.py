@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from itertools import pairwise
+from itertools import chain, count, islice, pairwise, repeat
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.model import Address, Family, Prefix
-from agent.prefixes import Span, classes, lookup
+from agent.prefixes import Span, ascending, classes, lookup, outermost, outermost_of
 
 Sources = list[tuple[Prefix, str]]
 
@@ -185,3 +185,23 @@ def test_what_nothing_cuts_stays(found: Sources) -> None:
         inside_own = around and max(around, key=lambda pair: pair[0].length)[1] == identity
         if not holds and not inside_own:
             assert Span(prefix.family, prefix.address, prefix.last, identity) in spans
+
+
+@given(st.lists(any_prefix()))
+def test_ascending(found: list[Prefix]) -> None:
+    """Numbers compared one after the other give the order that the prefixes have as tuples."""
+    assert ascending(found) == sorted(found)
+
+
+@given(st.lists(st.lists(any_prefix()), max_size=3))
+def test_outermost_of_what_is_in_order(found: list[list[Prefix]]) -> None:
+    """Several lists that are in order have the same outermost prefixes as all of it has."""
+    together = [*chain.from_iterable(found)]
+    assert [*outermost_of(*map(ascending, found))] == [*outermost(together)]
+
+
+def test_outermost_takes_what_it_needs() -> None:
+    """The first of a million prefixes don't cost a look at them all."""
+    ordered = map(Prefix, repeat(Family.IPV4), count(), repeat(32))
+    assert len([*islice(outermost_of(ordered), 65)]) == 65
+    assert next(ordered).address == 65

@@ -281,6 +281,14 @@ def test_own_road_is_not_looked_for_again() -> None:
     assert rules[-1] == "goto source"
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_own_sources_are_dropped_first(drop: bool) -> None:
+    """What arrives in the host's own name is dropped before anything is asked of it, where the policy says so."""
+    first, *others = texts(table_of(kernel=Kernel(drop_own_sources=drop)), "prerouting")
+    assert (first == 'meta nfproto ipv4 fib saddr type local iifname != "lo" meta pkttype host drop') == drop
+    assert not any("fib" in text for text in others)
+
+
 @pytest.mark.parametrize(
     ("nat", "seen", "asks"),
     [

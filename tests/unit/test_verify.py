@@ -160,6 +160,7 @@ BROKEN = [
     pytest.param(NFT, 'goto source comment "it was', 'continue comment "it was', "a reply of", id="replies-of-nobodys"),
     pytest.param(NFT, f"ct original ip daddr & {BITS_16} ", f"ct original ip daddr & {BITS_24} ", "a reply of", id="reply-mask"),
     pytest.param(NFT, 'iifname "vpn0" jump arriving', 'iifname "lan" jump arriving', "arriving on", id="links"),
+    pytest.param(NFT, 'iifname "vpn0" jump arriving', 'oifname "vpn0" jump arriving', "arriving on", id="no-link-to-leave-by-yet"),
     pytest.param(NFT, "        ip daddr vmap", "        ip saddr vmap", "arriving on", id="destination-by-source"),
     pytest.param(NFT, "jump destination comment", "continue comment", "arriving on", id="destination-forgotten"),
     pytest.param(NFT, '"vpn0" : goto arrived-inside', '"lan" : goto arrived-inside', "arriving on", id="arrived-elsewhere"),
@@ -241,12 +242,13 @@ BROKEN = [
 @pytest.mark.parametrize(("file", "old", "new", "word"), BROKEN)
 def test_what_is_broken_is_caught(file: str, old: str, new: str, word: str | None) -> None:
     """A rendering with one fault in it is refuted by a packet, and what is said of it tells the fault."""
-    assert old in FILES[file]
-    found = told(proof({**FILES, file: FILES[file].replace(old, new)}))
-    if word is None:
-        assert found == ""
-    else:
-        assert word in found
+    found = told(proof(broken(FILES, file, old, new)))
+    assert found == "" if word is None else word in found
+
+
+def broken(files: dict[str, str], file: str, old: str, new: str) -> dict[str, str]:
+    assert old in files[file]
+    return {**files, file: files[file].replace(old, new)}
 
 
 @pytest.mark.parametrize(
@@ -270,9 +272,9 @@ def test_what_is_broken_is_caught(file: str, old: str, new: str, word: str | Non
 )
 def test_what_is_not_known_is_refused(file: str, old: str, new: str, why: str) -> None:
     """A text with anything in it that the reader doesn't know, or that nft would refuse, is told with file and line."""
-    assert old in FILES[file]
+    files = broken(FILES, file, old, new)
     with pytest.raises(artefact.ArtefactError, match=why) as error:
-        artefact.read({**FILES, file: FILES[file].replace(old, new)})
+        artefact.read(files)
     assert str(error.value).startswith(f"{file}:")
 
 
@@ -329,17 +331,15 @@ def test_what_is_broken_in_a_shape_is_caught(
     shape: str, old: str, new: str, word: str | None, shaped: Callable[[str], dict[str, str]]
 ) -> None:
     """A fault in any of the shapes is refuted by a packet of the network that it is about."""
-    files = shaped(shape)
-    assert old in files[NFT]
-    found = told(proof({**files, NFT: files[NFT].replace(old, new)}))
+    found = told(proof(broken(shaped(shape), NFT, old, new)))
     assert found == "" if word is None else word in found
 
 
 def test_intervals_that_overlap_are_refused(shaped: Callable[[str], dict[str, str]]) -> None:
     """nft refuses intervals that overlap, and so does the reader."""
-    files = shaped("intervals")
+    files = broken(shaped("intervals"), NFT, "10.9.0.0/24 : goto", "10.8.0.0/14 : goto")
     with pytest.raises(artefact.ArtefactError, match="conflicting intervals"):
-        artefact.read({**files, NFT: files[NFT].replace("10.9.0.0/24 : goto", "10.8.0.0/14 : goto")})
+        artefact.read(files)
 
 
 # --- without translations ----------------------------------------------------------------------------------------------
@@ -360,6 +360,31 @@ def test_without_translations() -> None:
 def test_translations_that_nothing_asks_for() -> None:
     """The ruleset of a host that translates nothing is refuted for one that may: by a reply."""
     assert "a reply of a connection made to" in told(proof(render.files(desire(PLAIN_POLICY, FACTS))))
+
+
+OWN_SOURCES = desire(replace(PLAIN_POLICY, kernel=Kernel(nat=False, drop_own_sources=True)), FACTS)
+
+
+def test_own_sources_dropped() -> None:
+    """That nobody may claim to be this host leads no packet astray."""
+    files = render.files(OWN_SOURCES)
+    assert "fib saddr type local" in files[NFT]
+    assert told(proof(files, OWN_SOURCES)) == ""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(('iifname != "lo" meta pkttype', "meta pkttype"), id="what-the-host-says-to-itself"),
+        pytest.param(("pkttype host drop", "pkttype host accept"), id="accept"),
+        pytest.param(("type local", "type unicast"), id="everybody-else"),
+    ],
+)
+def test_own_sources_in_other_words(changed: tuple[str, str]) -> None:
+    """Nothing else is known about the addresses of this host: it is refused."""
+    files = render.files(OWN_SOURCES)
+    with pytest.raises(artefact.ArtefactError, match="fib saddr type"):
+        artefact.read({**files, NFT: files[NFT].replace(*changed)})
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

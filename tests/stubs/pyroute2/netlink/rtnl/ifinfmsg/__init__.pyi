@@ -1,3 +1,0 @@
-from pyroute2.netlink import nlmsg
-
-class ifinfmsg(nlmsg): ...  # noqa: N801
