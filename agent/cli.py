@@ -290,7 +290,7 @@ def _apply(
         words = f"the plan is {seen.plan.digest}, not {expected!r} as expected"
         notes += applying.refused(policy, seen, order.verb, words)
         return _Said(DIFFERS, text, notes, f"{words}; nothing was changed")
-    before = applying.kept()
+    before = applying.kept(policy)
     danger = applying.danger(seen, before, kernel, down) if order.recorded and not yes and not order.within else None
     if danger:
         notes += applying.refused(policy, seen, order.verb, danger)

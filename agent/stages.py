@@ -7,11 +7,12 @@ new rules ask is there before them, and what old rules ask goes after them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from agent import commands
-from agent.model import Addresses, Chain, ElementChange, NftSet, Table
+from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
 
 #: How the names of chains begin that elements lead to: they are filled before any element comes.
 LED_TO = ("id-", "left-", "arrived-")
@@ -69,6 +70,15 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
     if not commands.transaction(wanted, right, rules_anew=rules_anew):
         yield from _elements_alone(name, [(nft_set, there[nft_set.name]) for nft_set in kept.values()])
         return
+    heavy = [
+        (nft_set, change)
+        for nft_set in kept.values()
+        if isinstance(nft_set.elements, Addresses)
+        and ((change := commands.difference(nft_set, there[nft_set.name])).gone or change.new)
+    ]
+    if sum(len(change.gone) + len(change.new) for _, change in heavy) > BULK:
+        yield from _by_differences(wanted, present, heavy, rules_anew=rules_anew)
+        return
     # What stays changes with the rules: before them it may hide what they don't ask yet, or be said of marks that are
     # about to mean somebody else; after them what was there may be missing.
     new = [s for s in wanted.sets if s.name not in there]
@@ -95,6 +105,54 @@ def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterato
             changes.append(change)
     yield from _change(name, changes)
     yield from _load(name, lines)
+
+
+def _by_differences(
+    wanted: Table, present: Table, heavy: Sequence[tuple[NftSet, ElementChange]], *, rules_anew: bool
+) -> Iterator[Change | Load]:
+    """Where rules change, and with them too many elements of sets that stay for one transaction.
+
+    First to rules that ask for the differences, too, which are sets of their own and filled before: what comes is in
+    there already, what goes is there no longer. While that is in force the sets themselves are changed, in portions,
+    and no packet sees anything of it. Then to the rules that are wanted.
+    """
+    taken = {nft_set.name for nft_set in (*present.sets, *wanted.sets)}
+    differences: dict[str, tuple[NftSet, NftSet]] = {}
+    for nft_set, change in heavy:
+        coming, going = (_free(f"{nft_set.name}-{word}", taken) for word in ("coming", "going"))
+        differences[nft_set.name] = (
+            NftSet(coming, nft_set.key, elements=change.new),
+            NftSet(going, nft_set.key, elements=change.gone),
+        )
+    after = (*wanted.sets, *(each for pair in differences.values() for each in pair))
+    there = {nft_set.name: nft_set for nft_set in present.sets}
+    before = tuple(_with_elements(each, there[each.name]) if each.name in differences else each for each in after)
+    chains = tuple(replace(chain, rules=tuple(_asking(chain.rules, differences))) for chain in wanted.chains)
+    first = [*stages(replace(wanted, sets=before, chains=chains), present, rules_anew=rules_anew)]
+    yield from first
+    yield from _change(wanted.name, [change for _, change in heavy])
+    behind = tuple(line for step in first if isinstance(step, Load) for line in step.commands)
+    for step in stages(wanted, replace(wanted, sets=after, chains=chains), rules_anew=True):
+        yield replace(step, behind=(*behind, *step.behind)) if isinstance(step, Load) else step
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """A name that no set has, not even one that an apply has left which was cut short."""
+    names = (f"{name}-{number}" for number in count(1))
+    return name if name not in taken else next(each for each in names if each not in taken)
+
+
+def _asking(rules: Iterable[Statement], differences: Mapping[str, tuple[NftSet, NftSet]]) -> Iterator[Statement]:
+    """Rules that ask for an address in a set, with what comes and what goes of it in sets of their own."""
+    for rule in rules:
+        address, _, rest = rule.text.partition("@")
+        name, _, verdict = rest.partition(" ")
+        if name in differences:
+            coming, going = differences[name]
+            yield Statement(f"{address}@{coming.name} {verdict}", f"{rule.comment}, coming")
+            yield replace(rule, text=f"{address}!= @{going.name} {rule.text}")
+        else:
+            yield rule
 
 
 def _has_all_others(change: ElementChange) -> bool:

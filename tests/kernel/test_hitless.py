@@ -120,6 +120,16 @@ PLAIN = ["10.9.0.0/24"]
         pytest.param(policy([*PLAIN, *lengths(12)]), policy([*PLAIN, *hosts(5000)]), id="intervals-and-sets"),
         pytest.param(policy(PLAIN, nat=False), policy(PLAIN, nat=True), id="translations"),
         pytest.param(policy(PLAIN), policy(PLAIN, hook_priority=-140), id="another-hook"),
+        pytest.param(
+            policy([MEMBER, *hosts(5000)], ["10.9.0.0/24"], nat=False),
+            policy([*PLAIN, MEMBER, *hosts(5000, first=3000)], hosts(3000), nat=True),
+            id="rules-and-many-elements",
+        ),
+        pytest.param(
+            policy([MEMBER, *hosts(5000)], hosts(3000, first=6000), nat=False),
+            policy([*hosts(3000, first=6000), MEMBER], hosts(5000), nat=True),
+            id="rules-and-all-elements",
+        ),
     ],
 )
 def test_no_packet_without_a_mark(admin: Admin, one: str, other: str) -> None:

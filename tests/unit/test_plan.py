@@ -187,7 +187,9 @@ def _commanded(  # noqa: PLR0912 - a case for each command
             assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"
         case ("add", "set" | "map"):
             assert what not in sets, f"EEXIST: {what}"
-            (made,) = (item for item in wanted.sets if declaration(table.name, item) == command)
+            # Or for the differences of one, while the rules change with many of its elements.
+            known = [*wanted.sets, *(replace(item, name=what) for item in wanted.sets if what.startswith(item.name))]
+            made = next(item for item in known if declaration(table.name, item) == command)
             sets[what] = replace(made, elements=(), about=(), pending=())
         case ("delete", "set" | "map"):
             del sets[what]
@@ -844,6 +846,33 @@ def test_few_of_many() -> None:
         "- nft delete element inet idmark id-inside-ipv4-32 { 10.0.0.0 }",
         "+ nft add element inet idmark id-inside-ipv4-32 { 10.9.9.9 }",
     ]
+
+
+def test_rules_and_many_elements_of_what_stays() -> None:
+    """Where rules change with many elements of sets that stay, no transaction holds many: rules that ask for the
+    differences, too, are in force while the sets change, and at the end nothing is left of them.
+    """
+    others = replace(INSIDE, members=members(MANY + 2000)[2000:])
+    wanted = desire(policy(others, OUTSIDE, kernel=Kernel(hook_priority=-140)), GATEWAY)
+    now = in_force(MANY_MEMBERS)
+    made, fill, asking, change, rules, cleared = table_steps(wanted, now)
+    name = "id-inside-ipv4-32"
+    assert isinstance(fill, Change)
+    assert isinstance(change, Change)
+    assert [each.set for each in fill.changes] == [f"{name}-coming", f"{name}-going"]
+    (changed,) = change.changes
+    assert [each.new for each in fill.changes] == [changed.new, changed.gone]
+    assert (changed.set, len(changed.new), len(changed.gone)) == (name, 2000, 2000)
+    asked = f"add rule inet idmark source ip saddr != @{name}-going ip saddr @{name} goto id-inside"
+    for step in (made, asking, rules, cleared):
+        assert isinstance(step, Load)
+        assert not [line for line in step.commands if "element" in line and "ipv4-32" in line]
+        assert any(line.startswith(asked) for line in step.commands) is (step is asking)
+    assert isinstance(cleared, Load)
+    assert cleared.commands[:2] == (
+        f"delete set inet idmark {name}-coming",
+        f"delete set inet idmark {name}-going",
+    )
 
 
 def test_what_stays_changes_with_the_rules() -> None:
