@@ -20,6 +20,8 @@ WIREGUARD_PORT = 51820
 OPENVPN_PORT = 1194
 #: Seconds for a tunnel program to make its link.
 PATIENCE = 10.0
+#: The line of a link's socket in /proc/net/unix once somebody listens: __SO_ACCEPTCON among its flags (net/unix).
+LISTENS = "^[^ ]* [^ ]* [^ ]* 00010000 .*/wireguard/{}.sock$"
 #: The server first: WireGuard repeats an unanswered handshake after five seconds only.
 ENDS = (TUNNEL.far, TUNNEL.near)
 
@@ -42,7 +44,9 @@ def wireguard(hosts: Hosts, mtu: int) -> None:
         require(["wireguard-go"])
         for end in ENDS:
             hosts.daemon(end.host, ["wireguard-go", "-f", end.name])
-        _wait_for_links(hosts, ["wg", "show"])  # the link is there a moment before it listens to wg(8)
+        # Not by asking wg(8): it deletes the socket of who doesn't listen to it yet (userspace_interface_file() in
+        # wireguard-tools), and wireguard-go ends over that.
+        _wait(hosts, lambda link: ["grep", "-q", LISTENS.format(link), "/proc/net/unix"])
     keys = {end.host: run(["wg", "genkey"]).stdout.strip() for end in ENDS}
     for end, peer in (ENDS, ENDS[::-1]):
         public = run(["wg", "pubkey"], text=keys[peer.host]).stdout.strip()
@@ -69,7 +73,7 @@ def openvpn(hosts: Hosts, mtu: int) -> None:
             words += ["--tls-server", "--dh", "none", "--local", ENDPOINT, "--port", str(OPENVPN_PORT)]
             words += ["--remote", OUTSIDE[Family.IPV4], "--float"]
         hosts.daemon(end.host, words)
-    _wait_for_links(hosts, ["ip", "link", "show"])
+    _wait(hosts, lambda link: ["ip", "link", "show", link])
     for end in ENDS:
         hosts.run(end.host, ["ip", "link", "set", end.name, "mtu", str(mtu)])
 
@@ -88,9 +92,10 @@ def choose(name: str) -> Vpn:
     return VPNS[name]
 
 
-def _wait_for_links(hosts: Hosts, command: list[str]) -> None:
+def _wait(hosts: Hosts, command: Callable[[str], list[str]]) -> None:
+    """Until a command about the link succeeds at both ends."""
     for end in ENDS:
-        hosts.wait(f"{end.name} on {end.host}", partial(hosts.succeeds, end.host, [*command, end.name]), PATIENCE)
+        hosts.wait(f"{end.name} on {end.host}", partial(hosts.succeeds, end.host, command(end.name)), PATIENCE)
 
 
 def _certificate(host: str) -> str:
