@@ -68,7 +68,7 @@ class Effort:
     bursts: int
 
 
-FULL, QUICK = Effort(15, 400), Effort(3, 150)
+FULL, QUICK = Effort(9, 250), Effort(3, 150)
 
 
 @dataclass
