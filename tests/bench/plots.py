@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contestants import IDMARK
+from tests.bench.contestants import IDMARK, PARTS
 
 Figure = dict[str, Any]
 
@@ -33,7 +33,8 @@ def plot(results: dict[str, list[Figure]], directory: Path) -> list[Path]:
 
 def _packets(pyplot: Any, figures: Iterable[Figure]) -> Any:
     """Cost per packet over number of sources: a panel a family and shape; with conntrack lines are dashed."""
-    forwarded = [figure for figure in figures if figure["traffic"] == "forwarded"]
+    parts = {contestant.name for contestant in PARTS}  # measured at one size only: no line
+    forwarded = [figure for figure in figures if figure["traffic"] == "forwarded" and figure["contestant"] not in parts]
     colours: dict[str, str] = {}
 
     def draw(panel: Any, here: list[Figure]) -> None:
@@ -81,7 +82,7 @@ def _canvas(
         draw(panel, figures)
         panel.set(xscale="log", yscale="log", title=title, xlabel=labels[0])
         panel.yaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:,.0f}")
+        panel.yaxis.set_major_formatter("{x:,g}")
         panel.yaxis.set_minor_formatter("")
         ticks = sorted({tick for line in panel.lines for tick in line.get_xdata()})
         panel.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks], minor=False)
