@@ -63,7 +63,7 @@ class Netlink:
 
     def ask(self, doing: str, kind: int, body: bytes) -> bytes:
         """The one message that answers a request, without its header."""
-        answers = self._ask(doing, kind, NLM_F_REQUEST, body, None)
+        answers = self._ask(doing, kind, 0, body, None)
         if not answers:
             raise KernelError(doing, "somebody changed it while it was read")
         return answers[0][HEADER.size :]
@@ -79,16 +79,9 @@ class Netlink:
         return answers
 
     def _ask_together(self, doing: str, kind: int, bodies: Sequence[bytes]) -> list[bytes | str]:
-        first = self._sequence + 1
-        self._sequence += len(bodies)
         answers: dict[int, bytes | str] = {}
         try:
-            self._socket.send(
-                b"".join(
-                    HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST, first + place, 0) + body
-                    for place, body in enumerate(bodies)
-                )
-            )
+            first = self._send([Message(kind, 0, body) for body in bodies])
             while len(answers) < len(bodies):
                 data = self._socket.recv(ANSWER_ROOM, socket.MSG_DONTWAIT)
                 size, answer, _, sequence, _ = HEADER.unpack_from(data)
@@ -110,7 +103,7 @@ class Netlink:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(PAUSE)
-            answers = self._ask(doing, kind, NLM_F_REQUEST | NLM_F_DUMP, body, wanted)
+            answers = self._ask(doing, kind, NLM_F_DUMP, body, wanted)
             if answers is not None:
                 return answers
         raise KernelError(doing, f"somebody changed it while it was read, {ATTEMPTS} times")
@@ -129,16 +122,9 @@ class Netlink:
 
         The answers by the places of the messages they are to: error numbers, and 0 where NLM_F_ACK asked for one.
         """
-        first = self._sequence + 1
-        self._sequence += len(messages)
         answers: dict[int, int] = {}
         try:
-            self._socket.send(
-                b"".join(
-                    HEADER.pack(HEADER.size + len(body), kind, flags | NLM_F_REQUEST, first + place, 0) + body
-                    for place, (kind, flags, body) in enumerate(messages)
-                )
-            )
+            first = self._send(messages)
             while True:
                 try:
                     data = self._socket.recv(ANSWER_ROOM, socket.MSG_DONTWAIT)
@@ -155,14 +141,25 @@ class Netlink:
         except OSError as error:
             raise KernelError(doing, os.strerror(error.errno or 0)) from error
 
+    def _send(self, messages: Sequence[Message]) -> int:
+        """Send messages all at once; the number of the first, which the others follow. Raises OSError."""
+        first = self._sequence + 1
+        self._sequence += len(messages)
+        self._socket.send(
+            b"".join(
+                HEADER.pack(HEADER.size + len(body), kind, flags | NLM_F_REQUEST, first + place, 0) + body
+                for place, (kind, flags, body) in enumerate(messages)
+            )
+        )
+        return first
+
     def _ask(self, doing: str, kind: int, flags: int, body: bytes, wanted: Wanted | None) -> list[bytes] | None:
-        self._sequence += 1
         found: list[bytes] = []
         interrupted = False
-        unpack, expected = HEADER.unpack_from, self._sequence  # this loop sees every route of a BGP table
+        unpack = HEADER.unpack_from  # this loop sees every route of a BGP table
         room = DUMP_ROOM if flags & NLM_F_DUMP else ANSWER_ROOM
         try:
-            self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
+            expected = self._send([Message(kind, flags, body)])
             while True:
                 data = self._socket.recv(room)
                 offset = 0
