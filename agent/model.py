@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import shlex
 import socket
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -411,6 +412,21 @@ class Addresses(Sequence[tuple[str, str]]):
         """Those that are not among others."""
         theirs = set(others._keys())
         return Addresses(self.family, b"".join(key for key in self._keys() if key not in theirs))
+
+    def changed(self, gone: Addresses, new: Addresses) -> Addresses:
+        """With some gone and others come, at a cost by the size of the change, but for one copy of the rest."""
+        if not self:
+            return new
+        size, packed, places = self.family.bits // 8, memoryview(self.packed), range(len(self))
+        coming = set(new._keys())
+        parts: list[bytes | memoryview] = []
+        rest = 0
+        for key in sorted(coming | set(gone._keys())):
+            place = bisect_left(places, key, lo=rest, key=lambda at: self.packed[at * size : (at + 1) * size])
+            parts.append(packed[rest * size : place * size])
+            parts.append(key if key in coming else b"")
+            rest = place + (packed[place * size : (place + 1) * size] == key)
+        return Addresses(self.family, b"".join((*parts, packed[rest * size :])))
 
     def _keys(self) -> Iterator[bytes]:
         size = self.family.bits // 8

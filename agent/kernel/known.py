@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,28 +53,6 @@ def left() -> Known | None:
             return load(folder.got(directory, NAME) or b"", _boot())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def changed(held: Addresses, gone: Addresses, new: Addresses) -> Addresses:
-    """What a set holds after a change: by the size of the change, but for one copy of the rest."""
-    size, packed = held.family.bits // 8, memoryview(held.packed)
-    if not held:
-        return new
-    coming = set(_keys(new))
-    places = range(len(held))
-    parts: list[bytes | memoryview] = []
-    rest = 0
-    for key in sorted(coming | set(_keys(gone))):
-        place = bisect_left(places, key, lo=rest, key=lambda at: held.packed[at * size : (at + 1) * size])
-        parts.append(packed[rest * size : place * size])
-        parts.append(key if key in coming else b"")
-        rest = place + (packed[place * size : (place + 1) * size] == key)
-    return Addresses(held.family, b"".join((*parts, packed[rest * size :])))
-
-
-def _keys(addresses: Addresses) -> Iterator[bytes]:
-    size = addresses.family.bits // 8
-    return (addresses.packed[place : place + size] for place in range(0, len(addresses.packed), size))
 
 
 def dump(known: Known, boot: str) -> bytes:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
 from agent.kernel.elements import VERDICTS, unpack
-from agent.kernel.known import Known, changed
+from agent.kernel.known import Known
 from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
 from agent.model import Addresses, Chain, Count, ElementChange, Family, Hook, NftSet, Statement, Table, address_text
 from agent.prefixes import Span
@@ -290,7 +290,7 @@ class Nfnl:
             for change in changes:
                 if isinstance(change.new, Addresses) and isinstance(change.gone, Addresses):
                     held = before[change.set] or _Held(Addresses(change.new.family), new, until)
-                    now = changed(held.addresses, change.gone, change.new)
+                    now = held.addresses.changed(change.gone, change.new)
                     self._held[table, change.set] = held._replace(addresses=now)
 
     @contextmanager

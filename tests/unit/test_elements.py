@@ -160,3 +160,13 @@ def test_verdict() -> None:
     ((_, data),) = each(pack([("10.9.0.5", "goto id-inside")], "ipv4_addr"))
     verdict = attributes(attributes(attributes(data)[2])[2])
     assert (number(verdict[1]), text(verdict[2]), verdict[2][-1]) == (0xFFFFFFFC, "id-inside", 0)
+
+
+few = st.frozensets(st.integers(0, 40))
+
+
+@given(held=few, gone=few, new=few, family=families)
+def test_changed(held: frozenset[int], gone: frozenset[int], new: frozenset[int], family: Family) -> None:
+    """After a change a set holds what it held, without what went, and what came."""
+    before, went, came = (Addresses.of(family, numbers) for numbers in (held, gone, new))
+    assert before.changed(went, came) == Addresses.of(family, (held - gone) | new)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from agent.kernel.known import Known, changed, dump, load
+from agent.kernel.known import Known, dump, load
 from agent.model import Addresses, Family
 
 KNOWN = Known(
@@ -38,13 +36,3 @@ def test_damaged(place: int) -> None:
     for damaged in (data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], data[:place]):
         with pytest.raises(ValueError, match="not whole"):
             load(damaged, "boot")
-
-
-NUMBERS = st.frozensets(st.integers(0, 40))
-
-
-@given(held=NUMBERS, gone=NUMBERS, new=NUMBERS, family=st.sampled_from(Family))
-def test_changed(held: frozenset[int], gone: frozenset[int], new: frozenset[int], family: Family) -> None:
-    """After a change a set holds what it held, without what went, and what came."""
-    sets = [Addresses.of(family, numbers) for numbers in (held, gone, new)]
-    assert changed(*sets) == Addresses.of(family, (held - gone) | new)
