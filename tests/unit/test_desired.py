@@ -39,6 +39,7 @@ from tests.unit.values import (
     OUTSIDE,
     VPN,
     WAN,
+    by_name,
     host,
     hosts,
     identity,
@@ -46,6 +47,7 @@ from tests.unit.values import (
     link,
     policies,
     policy,
+    prefixes,
     route,
 )
 
@@ -220,7 +222,7 @@ def test_every_address_speaks() -> None:
 )
 def test_choice_of_address(gone: set[Address], chosen: Address) -> None:
     """The default's `src`, and what members are translated to, is the address that will last, whatever their order."""
-    outside = replace(OUTSIDE, members=(Prefix.parse("2001:db8:9::/64"),), masquerade=True)
+    outside = replace(OUTSIDE, members=prefixes("2001:db8:9::/64"), masquerade=True)
     left = replace(SLAAC, addresses=tuple(item for item in SLAAC.addresses if item.address not in gone))
     desired = desire(policy(outside), host(left, routes=DEFAULTS))
     assert {item.source for item in desired.routes if item.metric == METRIC_OWN and item.hops} == {chosen}
@@ -700,7 +702,7 @@ def test_every_address_in_one_class(written: Policy, facts: Facts) -> None:
             for span in desired.classes
             if span.family is Family.of(address) and span.first <= int(address) <= span.last
         ]
-        found = lookup(sources, address)
+        found = lookup(by_name(sources), address)
         assert holders == ([found[1]] if found else [])
 
 
