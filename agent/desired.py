@@ -36,6 +36,8 @@ from agent.prefixes import Span, classes, outermost, pairs
 METRIC_OWN = 1024
 #: So many prefixes of members, at most, are closed by a rule each while nobody marks their packets.
 GUARDED = 64
+#: So many addresses that are on no link are noted.
+NAMED = 3
 #: The priority of the kernel's rule for table main.
 PRIORITY_MAIN = 32766
 #: No identity is down but by what the host shows.
@@ -304,7 +306,10 @@ def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts |
     there = {item.address for each in (facts.links if facts else ()) for item in each.addresses}
     notes = []
     if facts and identity.addresses:
-        notes = [f"{address} is on no link of this host" for address in addresses if address not in there]
+        absent = [str(address) for address in addresses if address not in there]
+        notes = [f"{address} is on no link of this host" for address in absent[:NAMED]]
+        if more := len(absent) - len(notes):
+            notes[-1] = f"{absent[NAMED - 1]} and {more} more addresses are on no link of this host"
     if identity.probe and identity.probe.target in there:
         notes.append(f"the probe's target {identity.probe.target} is an address of this host: it proves nothing")
     ways = []

@@ -160,6 +160,17 @@ def test_address_on_no_link() -> None:
     assert way(desired, "inside", IPV6).hops
 
 
+def test_many_addresses_on_no_link() -> None:
+    """Of hundreds that no link has some are named, and the rest counted."""
+    own = [f"192.0.2.{number}" for number in range(1, 201)]
+    notes = desire(policy(identity("inside", 1, "vpn0", addresses=own)), host(link("vpn0", "192.0.2.1/32"))).notes
+    assert [note.removeprefix("identity inside: ") for note in notes] == [
+        "192.0.2.2 is on no link of this host",
+        "192.0.2.3 is on no link of this host",
+        "192.0.2.4 and 196 more addresses are on no link of this host",
+    ]
+
+
 def test_address_elsewhere_is_fine() -> None:
     """An own address may stand on any link of the host."""
     assert desire(policy(INSIDE), host(VPN, link("dummy0", "192.0.2.7/32"))).notes == ()
