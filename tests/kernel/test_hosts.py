@@ -11,6 +11,7 @@ import pytest
 
 from agent import facts, reconcile, render
 from agent.desired import desire
+from agent.kernel import nft
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
 from agent.model import Count, Family, Route
@@ -18,6 +19,7 @@ from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
 from tests.kernel.net import CORP, INSIDE, ISP, OUTSIDE, WILD, Host
 from tests.kernel.test_facts_marking import both_families
+from tests.kernel.test_facts_nft import reads_elements
 
 POLICY = policy_text({"members": MEMBERS})
 
@@ -321,14 +323,53 @@ def test_somebody_else_commits_all_the_time(admin: Admin) -> None:
         assert plan.text == "+ nft add element inet idmark sources-ipv4-24 { 10.9.0.0 : goto id-inside }\n"
 
 
-def test_a_large_set_of_another_table_is_not_ours_to_read(admin: Admin) -> None:
-    """Beside a foreign interval map a look finds what it found before, and a change of ours leaves the map alone."""
-    admin.apply(POLICY)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What libnftables asks the kernel, for each of our commands; they get no listing."""
+    nftables = nft.binding()
+    original = nftables.Nftables.cmd
+    found: list[str] = []
+
+    def cmd(context: Any, text: str) -> tuple[int, str, str]:
+        context.set_debug("mnl")
+        code, output, error = original(context, text)
+        found.append(output)
+        return code, "", error
+
+    monkeypatch.setattr(nftables.Nftables, "cmd", cmd)
+    return found
+
+
+def spans(*lengths: int) -> list[str]:
+    """Members of so many lengths that they are in an interval map."""
+    return [f"10.{length}.0.0/{length}" for length in lengths]
+
+
+def test_the_sets_of_other_tables_are_not_read(admin: Admin, asked: list[str]) -> None:
+    """Beside a foreign interval map no plan of ours makes libnftables read an element of it, and it stays as it is."""
     elements = ", ".join(f"100.{n >> 8}.{n & 255}.0/24 : accept" for n in range(3000))
     admin.host.nft(
-        f"table inet other {{ map m {{ type ipv4_addr : verdict; flags interval; elements = {{ {elements} }}; }}; }}"
+        f"table inet zzzz {{ map m {{ type ipv4_addr : verdict; flags interval; elements = {{ {elements} }}; }}; }}"
     )
-    there = admin.host.run(["nft", "list", "table", "inet", "other"])
-    assert admin.plan(POLICY).text == ""
-    admin.apply(policy_text({"members": ["10.9.0.0/25"]}))
-    assert admin.host.run(["nft", "list", "table", "inet", "other"]) == there
+    there = admin.host.run(["nft", "list", "table", "inet", "zzzz"])
+    new = {"id": 3, "link": "vpn0", "addresses": ["192.0.2.131"], "next_hop": ["192.0.2.200"]}
+    (admin.directory / "many.txt").write_text("".join(f"10.{n >> 8}.{n & 255}.0/24\n" for n in range(5000)))
+    for text in (
+        POLICY,
+        policy_text({"members": MEMBERS}, new=new),
+        policy_text({"members": ["10.9.0.0/25"]}, new=new),
+        policy_text({"members": spans(*range(18, 30))}),
+        policy_text({"members": spans(*range(17, 29))}, new=new),
+        policy_text({"members": ["file:many.txt"]}),
+        policy_text({"members": ["file:many.txt", "10.9.0.7"]}, new=new),
+        policy_text({"members": MEMBERS}, kernel={"hook_priority": -140}),
+    ):
+        assert admin.apply(text).steps
+        assert admin.plan(text).text == ""
+    alteration = "add element inet idmark own-link { * }\nadd counter inet idmark strange"
+    admin.host.nft(alteration)
+    assert admin.apply(text).steps
+    assert admin.remove().steps
+    assert len(asked) > 10
+    assert not [output for output in asked if reads_elements(output, "zzzz")]
+    assert admin.host.run(["nft", "list", "table", "inet", "zzzz"]) == there
