@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from agent import render
 from agent.desired import Desired, sources_of
 from agent.linediff import unified
-from agent.model import Identity, Policy, Prefix
+from agent.model import Family, Identity, Policy, Prefix, Prefixes
 from agent.moves import Move, Range, aggregated, counted, few, moves
 from agent.prefixes import outermost
 from agent.settings import Setting, Sides, gateway_settings, identity_settings
@@ -197,7 +196,8 @@ def _renamed(before: Policy, after: Policy) -> Iterator[tuple[str, str]]:
 def _parts(before: Desired, after: Desired, renamed: Mapping[str, str]) -> Iterator[Part]:
     old = {renamed.get(identity.name, identity.name): identity for identity in before.policy.identities}
     new = {identity.name: identity for identity in after.policy.identities}
-    spoke, speaks = _speaks(before, renamed), _speaks(after, {})
+    # Who is there no more is told by what he spoke as.
+    spoken = {**_speaks(before, renamed), **_speaks(after, {})}
     parts = [
         Part(
             old.get(name),
@@ -205,19 +205,18 @@ def _parts(before: Desired, after: Desired, renamed: Mapping[str, str]) -> Itera
             tuple(identity_settings(Sides(before.policy, old.get(name), after.policy, new[name]), renamed))
             if name in new
             else (),
-            tuple(outermost((speaks if name in new else spoke)[name][0])),
-            aggregated((speaks if name in new else spoke)[name][1]),
+            tuple(prefix for family in Family for prefix in outermost(family, [spoken[name][0]])),
+            aggregated(spoken[name][1]),
         )
         for name in {**new, **old}
     ]
     yield from sorted(parts, key=lambda part: (part.identity.id, part.after is None, part.name))
 
 
-def _speaks(desired: Desired, renamed: Mapping[str, str]) -> dict[str, tuple[list[Prefix], list[Range]]]:
+def _speaks(desired: Desired, renamed: Mapping[str, str]) -> dict[str, tuple[Prefixes, list[Range]]]:
     """What is written for whom, and what of it the longest prefix leaves to whom."""
-    found: dict[str, tuple[list[Prefix], list[Range]]] = defaultdict(lambda: ([], []))
-    for prefix, name in sources_of(desired.standings):
-        found[renamed.get(name, name)][0].append(prefix)
+    sources = sources_of(desired.standings)
+    found = {renamed.get(name, name): (prefixes, list[Range]()) for name, prefixes in sources.items()}
     for span in desired.classes:
         found[renamed.get(span.identity, span.identity)][1].append((span.family, span.first, span.last))
     return found

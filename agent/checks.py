@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from agent.draft import ROLES, Draft, Source, first_faults, way_of
 from agent.faults import Fault, dotted, meant, plain
-from agent.model import MAIN, UNREACHABLE, Address, Family, Prefix
+from agent.model import MAIN, UNREACHABLE, Address, Addresses, Family, Prefix
 from agent.toml_lines import Place
 
 T = TypeVar("T")
@@ -152,25 +152,39 @@ def _hop_text(next_hop: str | list[Address | None], family: Family) -> str:
 
 def _sources(draft: Draft) -> Iterator[Fault]:
     """A prefix stands once, whosever it is. A member that is also an own address is the one at fault of the two."""
-    holders: dict[Prefix, Source] = {}
-    for source in sorted(draft.sources, key=lambda source: source.key):  # "addresses" before "members"
+    for source in draft.sources:
         yield from source.faults
-        again = ((line, (source, prefix, holder)) for line, prefix, holder in _held(source, holders))
+    if _each_stands_once(draft.sources):
+        return
+    holders: dict[Prefix, tuple[Source, int]] = {}
+    for source in sorted(draft.sources, key=lambda source: source.key):  # "addresses" before "members"
+        again = ((line, (source, prefix, *holder)) for line, prefix, holder in _held(source, holders))
         yield from first_faults(source, again, _also)
 
 
-def _held(source: Source, holders: dict[Prefix, Source]) -> Iterator[tuple[int, Prefix, Source]]:
+def _each_stands_once(sources: Iterable[Source]) -> bool:
+    """Without a look at their lines."""
+    count, columns = 0, dict[tuple[Family, int], list[Addresses]]()
+    for source in sources:
+        count += source.count
+        for key, column in source.prefixes.columns.items():
+            columns.setdefault(key, []).append(column)
+    return count == sum(len(set[bytes]().union(*(column.each() for column in several))) for several in columns.values())
+
+
+def _held(
+    source: Source, holders: dict[Prefix, tuple[Source, int]]
+) -> Iterator[tuple[int, Prefix, tuple[Source, int]]]:
     """The prefixes of a source that are there already, and where. Makes the source the holder of the others."""
-    for line, prefix in zip(source.lines, source.prefixes, strict=True):
+    for line, prefix in source.located():
         count = len(holders)
-        holder = holders.setdefault(prefix, source)
+        holder = holders.setdefault(prefix, (source, line))
         if len(holders) == count:
             yield line, prefix, holder
 
 
-def _also(found: tuple[Source, Prefix, Source]) -> str:
-    source, prefix, holder = found
-    line = holder.lines[holder.prefixes.index(prefix)]
+def _also(found: tuple[Source, Prefix, Source, int]) -> str:
+    source, prefix, holder, line = found
     place = f"line {line}" if holder.file == source.file else f"{holder.file}:{line}"
     return f"{prefix} is also {ROLES[holder.key]} of {dotted(('identity', holder.identity))} ({place})"
 
@@ -238,20 +252,18 @@ def _when_down(draft: Draft) -> Iterator[Fault]:
 
 
 def _probes(draft: Draft) -> Iterator[Fault]:
-    own = {
-        prefix: f"{dotted(('identity', source.identity))} (line {line})"
-        for source in draft.sources
-        if source.key == "addresses"
-        for line, prefix in zip(source.lines, source.prefixes, strict=True)
-    }
+    own = [source for source in draft.sources if source.key == "addresses"]
     for name, table in draft.identities:
         target = table.probe.target if table.probe else None
         if target is None:
             continue
         where: Place = ("identity", name, "probe", "target")
         families = draft.families[name, "addresses"]
-        if owner := own.get(Prefix.host(target)):
-            yield draft.fault(where, f"{target} is an address of {owner}: this gateway itself would answer")
+        host = Prefix.host(target)
+        if owner := next((source for source in own if host in source.prefixes), None):
+            line = next(line for line, prefix in owner.located() if prefix == host)
+            place = f"{dotted(('identity', owner.identity))} (line {line})"
+            yield draft.fault(where, f"{target} is an address of {place}: this gateway itself would answer")
         elif table.addresses is not None and None not in [*table.addresses] and Family.of(target) not in families:
             rule = f"the identity has no {Family.of(target)} address to ask from"
             yield draft.fault(where, f"{target} cannot be probed: {rule}")

@@ -53,12 +53,16 @@ def _set_lines(nft_set: NftSet) -> list[str]:
     lines = [*_comment(nft_set.about), f"{nft_set.keyword} {nft_set.name} {{", f"    {_type(nft_set)}"]
     lines += [f"    # {words}" for words in nft_set.pending]
     if nft_set.elements:
-        lines += ["    elements = {", *(f"        {words}," for words in _words(nft_set.elements)), "    }"]
+        # A million go in one piece, with the indentation that the table's block gives all lines but the first.
+        words = ",\n            ".join(_words(nft_set.elements))
+        lines += ["    elements = {", f"        {words},", "    }"]
     return [*lines, "}"]
 
 
 def _words(elements: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Each element as nft reads it."""
+    if isinstance(elements, Addresses):
+        return elements.texts()
     return (f"{key} : {value}" if value else key for key, value in elements)
 
 

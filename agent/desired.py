@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import islice
 from types import MappingProxyType
 
 from agent.layers import Layer, layers
@@ -26,16 +25,19 @@ from agent.model import (
     LinkAddress,
     Policy,
     Prefix,
+    Prefixes,
     Route,
     Rule,
     sorted_addresses,
 )
-from agent.prefixes import Span, classes, outermost_of
+from agent.prefixes import Span, classes, outermost, pairs
 
 #: Metric of an identity's own default route; the roads of `when_down` follow behind it in their order.
 METRIC_OWN = 1024
 #: So many prefixes of members, at most, are closed by a rule each while nobody marks their packets.
 GUARDED = 64
+#: So many addresses that are on no link are noted.
+NAMED = 3
 #: The priority of the kernel's rule for table main.
 PRIORITY_MAIN = 32766
 #: No identity is down but by what the host shows.
@@ -179,16 +181,17 @@ def _layers(speakers: _Speakers) -> dict[Family, tuple[Layer, ...]]:
 
 @lru_cache(maxsize=2)
 def _classes(speakers: _Speakers) -> tuple[Span, ...]:
-    return classes(dict.fromkeys(sources_of(speakers.standings)))
+    return classes(pairs(sources_of(speakers.standings)))
 
 
-def sources_of(standings: Iterable[Standing]) -> list[tuple[Prefix, str]]:
-    """What speaks as whom: each identity's own addresses and members, with its name."""
-    return [
-        (prefix, standing.identity.name)
+def sources_of(standings: Iterable[Standing]) -> dict[str, Prefixes]:
+    """What speaks as whom: each identity's own addresses and members, by its name."""
+    return {
+        standing.identity.name: Prefixes.joined(
+            (Prefixes.of(map(Prefix.host, standing.addresses)), standing.identity.members)
+        )
         for standing in standings
-        for prefix in (*map(Prefix.host, standing.addresses), *standing.identity.members)
-    ]
+    }
 
 
 def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], bool]:
@@ -278,12 +281,8 @@ def _addresses(policy: Policy, facts: Facts | None) -> dict[str, tuple[Address, 
 
 
 def _member_of(policy: Policy, prefix: Prefix) -> str | None:
-    """The identity that has this very prefix among its members, which are in order."""
-    for identity in policy.identities:
-        place = bisect_left(identity.members, prefix)
-        if identity.members[place : place + 1] == (prefix,):
-            return identity.name
-    return None
+    """The identity that has this very prefix among its members."""
+    return next((identity.name for identity in policy.identities if prefix in identity.members), None)
 
 
 def _rank(there: LinkAddress | None) -> int:
@@ -297,7 +296,7 @@ def _rank(there: LinkAddress | None) -> int:
 
 def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, faults: list[str]) -> Standing:
     link = facts.link(identity.link) if facts else None
-    member_families = {prefix.family for prefix in (*identity.members[:1], *identity.members[-1:])}  # in order
+    member_families = identity.members.families
     families = [
         family
         for family in Family
@@ -307,7 +306,10 @@ def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts |
     there = {item.address for each in (facts.links if facts else ()) for item in each.addresses}
     notes = []
     if facts and identity.addresses:
-        notes = [f"{address} is on no link of this host" for address in addresses if address not in there]
+        absent = [str(address) for address in addresses if address not in there]
+        notes = [f"{address} is on no link of this host" for address in absent[:NAMED]]
+        if more := len(absent) - len(notes):
+            notes[-1] = f"{absent[NAMED - 1]} and {more} more addresses are on no link of this host"
     if identity.probe and identity.probe.target in there:
         notes.append(f"the probe's target {identity.probe.target} is an address of this host: it proves nothing")
     ways = []
@@ -492,8 +494,7 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
     identities = [standing.identity for standing in speakers.standings]
     first = priority_behind(identities) + 1
     for family in Family:
-        members = (_members(identity, family) for identity in identities)
-        guarded = tuple(islice(outermost_of(*members), GUARDED + 1))
+        guarded = tuple(islice(outermost(family, (each.members for each in identities)), GUARDED + 1))
         if 0 < len(guarded) <= GUARDED and first + 2 < PRIORITY_MAIN:
             mask = kernel.mark_mask
             guards.append(Rule(family, first, iif="lo", action=GOTO, target=first + 2))
@@ -502,12 +503,6 @@ def _guards(speakers: _Speakers, kernel: Kernel) -> tuple[Rule, ...]:
             guards += [Rule(family, first + 1, source=each, unmarked=mask, action=UNREACHABLE) for each in sources]
             guards.append(Rule(family, first + 2, action=NOP))
     return tuple(guards)
-
-
-def _members(identity: Identity, family: Family) -> Iterator[Prefix]:
-    """The members of a family, in order, as far as they are asked for: IPv4 comes first."""
-    first = bisect_left(identity.members, Prefix.default(family))
-    return takewhile(lambda prefix: prefix.family is family, islice(identity.members, first, None))
 
 
 def _nat(policy: Policy, facts: Facts | None) -> bool:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import stat
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from agent import listing
 from agent.document import Document, IdentityTable, KernelTable
 from agent.faults import Fault, dotted, plain
-from agent.model import Family, Identity, Prefix
+from agent.model import Family, Identity, Prefix, Prefixes
 from agent.toml_lines import Lines, Place
 from agent.values import ListFile, parse_source
 
@@ -66,13 +66,18 @@ ROLES = {"addresses": "an address", "members": "a member"}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Prefixes of one identity that stand in one file, each with its line, and the faults of what else stands there."""
+    """Prefixes of one identity that stand in one file, `count` of them, and the faults of what else stands there.
+
+    `located` are they with their lines, in the file's order, each as often as it stands there. That takes many times as
+    long as to read a list without them, and only who has a fault to tell asks.
+    """
 
     identity: str
     key: Literal["addresses", "members"]
     file: str
-    prefixes: Sequence[Prefix]
-    lines: Sequence[int]
+    prefixes: Prefixes
+    count: int
+    located: Callable[[], Iterable[tuple[int, Prefix]]]
     faults: Sequence[Fault] = ()
 
     @property
@@ -90,32 +95,32 @@ def first_faults(source: Source, wrong: Iterable[tuple[int, T]], tell: Callable[
 
 
 def _read_list(identity: str, file: str, text: str) -> Source:
-    """A prefix a line, `#` comments."""
-    prefixes: list[Prefix] = []
-    lines = array("L")
+    listed = listing.read(text)
+    if listed is not None:
+        return Source(identity, "members", file, listed, len(listed), lambda: listing.located(text))
+    found: list[tuple[int, Prefix]] = []
     wrong: list[tuple[int, str]] = []
-    for line, content in enumerate(text.split("\n"), 1):
-        entry = content.partition("#")[0].strip()
-        if not entry:
-            continue
+    for line, entry in listing.entries(text):
         try:
-            prefixes.append(parse_source(entry))
+            found.append((line, parse_source(entry)))
         except ValueError as error:
             wrong.append((line, f"{plain(entry) if HARMLESS.fullmatch(entry) else 'this line'} {error}"))
-        else:
-            lines.append(line)
-    source = Source(identity, "members", file, prefixes, lines)
+    source = Source(identity, "members", file, Prefixes.of(prefix for _, prefix in found), len(found), lambda: found)
     return replace(source, faults=tuple(first_faults(source, wrong, str)))
 
 
 class Draft:
-    """All that the checks look at. What is None in it is at fault, and has been told."""
+    """All that the checks look at. What is None in it is at fault, and has been told.
 
-    def __init__(self, path: Path, document: Document, lines: Lines) -> None:
+    `lists` are at hand, by their names, and not read from files.
+    """
+
+    def __init__(self, path: Path, document: Document, lines: Lines, lists: Mapping[str, str]) -> None:
         self.path = path
         self.file = str(path)
         self.document = document
         self.lines = lines
+        self.lists = lists
         self.names = tuple(document.identity or ())
         self.identities = [(name, table) for name, table in (document.identity or {}).items() if table is not None]
         self.kernel = document.kernel or KernelTable(**dict.fromkeys(each.name for each in fields(KernelTable)))
@@ -137,17 +142,22 @@ class Draft:
                 yield self._list(name, index, member)
 
     def _inline(self, name: str, key: Literal["addresses", "members"], prefixes: dict[int, Prefix]) -> Source:
-        lines = [self.lines.of(("identity", name, key, index)) or 0 for index in prefixes]
-        return Source(name, key, self.file, list(prefixes.values()), lines)
+        def located() -> Iterator[tuple[int, Prefix]]:
+            lines = (self.lines.of(("identity", name, key, index)) or 0 for index in prefixes)
+            return zip(lines, prefixes.values(), strict=True)
+
+        return Source(name, key, self.file, Prefixes.of(prefixes.values()), len(prefixes), located)
 
     def _list(self, name: str, index: int, member: ListFile) -> Source:
+        if member.name in self.lists:
+            return _read_list(name, self.file, self.lists[member.name])
         path = self.path.parent / member.name
         try:
             return _read_list(name, str(path), read_text(path))
         except UnreadableError as error:
             line = f" (line {error.line})" if error.line else ""
             fault = self.fault(("identity", name, "members", index), f"{plain(str(path))} {error}{line}")
-            return Source(name, "members", str(path), (), (), [fault])
+            return Source(name, "members", str(path), Prefixes(), 0, tuple, [fault])
 
     def fault(self, where: Place, message: str) -> Fault:
         """A fault of the policy's own file."""
@@ -162,7 +172,7 @@ class Draft:
         """The families of an identity's own addresses and of its members, by its name and the key of these."""
         families = {(name, key): set[Family]() for name in self.names for key in ROLES}
         for source in self.sources:
-            families[source.identity, source.key].update(prefix.family for prefix in source.prefixes)
+            families[source.identity, source.key].update(source.prefixes.families)
         for name, table in self.identities:
             if table.addresses == "auto":
                 families[name, "addresses"].update(Family)

@@ -22,7 +22,7 @@ from agent import folder, render, session, state
 from agent.desired import Desired
 from agent.model import Policy
 from agent.plan import Plan
-from agent.policy import PolicyError, load
+from agent.policy import PolicyError
 from agent.state import StateError
 
 #: How many applies are kept, and how many bytes of them at most; the last two are kept whatever their size.
@@ -180,7 +180,7 @@ def before(digest: str) -> Entry | None:
 
 def policy_of(entry: Entry) -> Policy:
     """The policy of an apply. Raises PolicyError."""
-    return load(_path() / f"{entry.number:04}.{POLICY}")
+    return state.read(_path() / f"{entry.number:04}.{POLICY}")
 
 
 def plain(entry: Entry) -> Mapping[str, Any]:

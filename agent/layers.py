@@ -6,12 +6,13 @@ and take the longer the more there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from agent.model import Addresses, Family, Prefix, address_text
-from agent.prefixes import classes
+from agent.model import Addresses, Family, Prefixes, address_text
+from agent.prefixes import classes, pairs
 
 #: What one question costs a packet, in ns, by the number of elements; between them a straight line. Only ratios decide:
 #: `./dev bench packets` has interval maps beside hashes of one length and of four at each size, to measure them anew.
@@ -48,24 +49,25 @@ class Layer:
         return address_text(self.family, ((1 << self.length) - 1) << self.family.bits - self.length)
 
 
-def layers(family: Family, sources: Iterable[tuple[Prefix, str]], hosts: Iterable[str] = ()) -> tuple[Layer, ...]:
+def layers(family: Family, sources: Mapping[str, Prefixes], hosts: Iterable[str] = ()) -> tuple[Layer, ...]:
     """The questions to ask about an address of a family, in order: the first that knows it, by its longest prefix.
 
-    `hosts` are identities that may get whole addresses at any moment: there is a place for these before.
+    `sources` are the identities', by name. `hosts` are those that may get whole addresses at any moment: there is a
+    place for these before.
     """
-    own = dict.fromkeys((prefix, name) for prefix, name in sources if prefix.family is family)
-    networks: dict[int, dict[str, list[int]]] = {}
+    networks: dict[int, dict[str, Addresses]] = {}
     for name in hosts:
-        networks.setdefault(family.bits, {})[name] = []
-    for prefix, name in own:
-        networks.setdefault(prefix.length, {}).setdefault(name, []).append(prefix.address)
+        networks.setdefault(family.bits, {})[name] = Addresses(family)
+    for name, prefixes in sources.items():
+        for length, column in prefixes.lengths(family):
+            networks.setdefault(length, {})[name] = column
     by_length = [(length, sorted(networks[length].items())) for length in sorted(networks, reverse=True)]
-    if len(own) > MANY and sum(len(by_name) for _, by_name in by_length) <= SETS:
+    counts = [sum(len(column) for _, column in by_name) for _, by_name in by_length]
+    if sum(counts) > MANY and sum(len(by_name) for _, by_name in by_length) <= SETS:
         return tuple(_sets(family, by_length))
-    hashes = ASKED * sum(_cost(HASH, sum(len(found) for _, found in by_name)) for _, by_name in by_length)
-    if hashes <= _cost(INTERVAL, len(own)):
+    if ASKED * sum(_cost(HASH, count) for count in counts) <= _cost(INTERVAL, sum(counts)):
         return tuple(_maps(family, by_length))
-    return (_intervals(family, own),)
+    return (_intervals(family, sources),)
 
 
 def why(asked: Sequence[Layer]) -> str:
@@ -86,25 +88,26 @@ def why(asked: Sequence[Layer]) -> str:
     return f"{count} network{'s' * (count != 1)} of {lengths} length{'s' * (lengths != 1)}: {shape}; {against}"
 
 
-#: Networks by length, the longest first, and by identity: their addresses.
-_ByLength = Iterable[tuple[int, list[tuple[str, list[int]]]]]
+#: Networks by length, the longest first, and by identity.
+_ByLength = Iterable[tuple[int, list[tuple[str, Addresses]]]]
 
 
 def _sets(family: Family, by_length: _ByLength) -> Iterator[Layer]:
     for length, by_name in by_length:
-        for name, addresses in by_name:
-            yield Layer(f"id-{name}-{family}-{length}", family, length, name, Addresses.of(family, addresses))
+        for name, column in by_name:
+            yield Layer(f"id-{name}-{family}-{length}", family, length, name, column)
 
 
 def _maps(family: Family, by_length: _ByLength) -> Iterator[Layer]:
     for length, by_name in by_length:
-        owned = sorted((address, name) for name, addresses in by_name for address in addresses)
-        elements = tuple((address_text(family, address), f"goto id-{name}") for address, name in owned)
+        owned = sorted((key, name) for name, column in by_name for key in column.each())
+        elements = tuple((socket.inet_ntop(family.number, key), f"goto id-{name}") for key, name in owned)
         yield Layer(f"sources-{family}-{length}", family, length, "", elements)
 
 
-def _intervals(family: Family, sources: Iterable[tuple[Prefix, str]]) -> Layer:
-    elements = tuple((str(span), f"goto id-{span.identity}") for span in classes(sources))
+def _intervals(family: Family, sources: Mapping[str, Prefixes]) -> Layer:
+    of_family = ((prefix, name) for prefix, name in pairs(sources) if prefix.family is family)
+    elements = tuple((str(span), f"goto id-{span.identity}") for span in classes(of_family))
     return Layer(f"sources-{family}", family, None, "", elements)
 
 

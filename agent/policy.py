@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from agent import IdmarkError
@@ -17,11 +18,12 @@ from agent.checks import CHECKS, WARNINGS
 from agent.document import read_document
 from agent.draft import Draft, UnreadableError, read_text, way_of
 from agent.faults import Fault, in_order
-from agent.model import Fwmark, Identity, Kernel, Policy, Probe, sorted_addresses
-from agent.prefixes import ascending
+from agent.model import Fwmark, Identity, Kernel, Policy, Prefixes, Probe, sorted_addresses
 from agent.toml_lines import Lines
 
 __all__ = ["Fault", "PolicyError", "load"]
+
+NO_LISTS: Mapping[str, str] = MappingProxyType({})
 
 
 class PolicyError(IdmarkError):
@@ -50,8 +52,11 @@ def load(path: Path) -> Policy:
     return parse(text, path)
 
 
-def parse(text: str, path: Path) -> Policy:
-    """Check a policy's text, which stands, or stood, in a file, and its lists. Raises PolicyError."""
+def parse(text: str, path: Path, lists: Mapping[str, str] = NO_LISTS) -> Policy:
+    """Check a policy's text, which stands, or stood, in a file, and its lists. Raises PolicyError.
+
+    `lists` are at hand, by their names, and not read from files.
+    """
     file = str(path)
     try:
         tables = tomllib.loads(text)
@@ -60,7 +65,7 @@ def parse(text: str, path: Path) -> Policy:
     except ValueError as error:  # TOMLDecodeError, and int()'s own for a number of thousands of digits
         raise PolicyError([_syntax_fault(file, text, str(error))], (file,)) from error
     document, wrong = read_document(tables)
-    draft = Draft(path, document, Lines(text))
+    draft = Draft(path, document, Lines(text), lists)
     faults = [draft.fault(where, message) for where, message in wrong]
     faults += (fault for check in CHECKS for fault in check(draft))
     if faults:
@@ -130,7 +135,7 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
         table=kernel.table_base + table.id,
         priority=kernel.rule_priority + table.id,
         addresses=None if table.addresses == "auto" else sorted_addresses(table.addresses),
-        members=tuple(ascending(chain.from_iterable(source.prefixes for source in sources))),
+        members=Prefixes.joined(source.prefixes for source in sources),
         next_hop=sorted_addresses(table.next_hop) if isinstance(table.next_hop, list) else table.next_hop,
         when_down=table.when_down,
         masquerade=table.masquerade,
@@ -144,7 +149,9 @@ def _digest(policy: Policy) -> str:
     """SHA-256 over what the policy means, in an order of its own."""
     digest = hashlib.sha256()
     for lines in _canonical(policy):
-        digest.update("".join(lines).encode())
+        several = iter(lines)
+        while part := "".join(islice(several, 1 << 16)):
+            digest.update(part.encode())
     return digest.hexdigest()
 
 
@@ -173,4 +180,5 @@ def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
         if identity.flush_flows:
             fields["flush_flows"] = True
         yield json.dumps(fields, sort_keys=True), "\n"
-        yield [f"{family} {address:x}/{length}\n" for family, address, length in identity.members]
+        for family in identity.members.families:
+            yield map(f"{family} %x/%d\n".__mod__, identity.members.ordered(family))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from heapq import merge
+from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 from operator import itemgetter
 
-from agent.model import Address, Family, Prefix, address_text
+from agent.model import Address, Family, Prefix, Prefixes, address_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +68,34 @@ def classes(sources: Iterable[tuple[Prefix, str]]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def outermost(prefixes: Iterable[Prefix]) -> Iterator[Prefix]:
-    """The prefixes that lie in none of the others, in order."""
-    return outermost_of(sorted(prefixes))
+def pairs(sources: Mapping[str, Iterable[Prefix]]) -> Iterator[tuple[Prefix, str]]:
+    """Each network with the name of whose it is."""
+    return ((prefix, name) for name, prefixes in sources.items() for prefix in prefixes)
 
 
-def outermost_of(*ordered: Iterable[Prefix]) -> Iterator[Prefix]:
-    """The same of prefixes that are in order already: no more of them are looked at than it takes."""
-    last: Prefix | None = None
-    for prefix in merge(*ordered):
-        if last is None or prefix.family is not last.family or prefix.address > last.last:
-            last = prefix
-            yield prefix
+def outermost(family: Family, several: Iterable[Prefixes]) -> Iterator[Prefix]:
+    """The networks of a family that lie in none of the others, in order. Those inside of one are not looked at."""
+    columns = [(length, column) for prefixes in several for length, column in prefixes.lengths(family)]
+    first = [(column.number(0), length, which) for which, (length, column) in enumerate(columns)]
+    heapify(first)
+    free = 0
+    while first:
+        address, length, which = first[0]
+        if address >= free:
+            network = Prefix(family, address, length)
+            yield network
+            free = network.last + 1
+            if free >> family.bits:
+                return
+        column = columns[which][1]
+        place = column.place(free.to_bytes(family.bits // 8, "big"))
+        if place < len(column):
+            heapreplace(first, (column.number(place), length, which))
+        else:
+            heappop(first)
 
 
-def ascending(prefixes: Iterable[Prefix]) -> list[Prefix]:
-    """As sorted() has them, some times faster where there are a million: numbers are compared, and no tuples."""
-    several = [*prefixes]
-    for place in reversed(range(len(Prefix._fields))):
-        several.sort(key=itemgetter(place))
-    return several
-
-
-def lookup(sources: Iterable[tuple[Prefix, str]], address: Address) -> tuple[Prefix, str] | None:
+def lookup(sources: Mapping[str, Prefixes], address: Address) -> tuple[Prefix, str] | None:
     """The prefix that decides an address, as it was written, and its identity; None when no prefix holds it."""
-    return max(
-        (source for source in sources if address in source[0]), key=lambda source: source[0].length, default=None
-    )
+    around = ((prefix, name) for name, prefixes in sources.items() if (prefix := prefixes.around(address)))
+    return max(around, key=lambda source: source[0].length, default=None)

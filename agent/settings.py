@@ -237,7 +237,7 @@ def _guards(before: Desired, after: Desired) -> Iterator[Setting]:
     if not before.policy.kernel.enforce or not after.policy.kernel.enforce:  # which is told for itself
         return
     families = [{rule.family for rule in each.rules if rule.action == UNREACHABLE} for each in (before, after)]
-    members = [{p.family for i in each.policy.identities for p in i.members} for each in (before, after)]
+    members = [{family for i in each.policy.identities for family in i.members.families} for each in (before, after)]
     for family in sorted(members[0] & members[1]):
         was, becomes = (family in each for each in families)
         if was != becomes:

@@ -17,7 +17,6 @@ from agent import model, reconcile, state
 from agent.desired import NOBODY
 from agent.model import Address, Facts, Family, Fwmark, Hop, Policy, Prefix, Route, Rule, parse_address
 from agent.plan import Observed, Plan, restoration
-from agent.policy import parse
 from agent.reconcile import Seams
 
 #: A named counter as nft lists it; what it has counted is no part of how things were.
@@ -85,7 +84,7 @@ def restore(before: Snapshot, kernel: Seams, down: Mapping[str, str] = NOBODY) -
     """Go back to it as far as it goes; what could not be put back, in words. Raises KernelError if nothing could."""
     if not before.in_force:
         return _restore_exactly(before, kernel)
-    policy = parse(before.policy, Path(state.NAME))
+    policy = state.parse(before.policy, Path(state.NAME))
     left: list[str] = []
     for _ in range(3):  # the host may be in motion
         plan = reconcile.look(policy, kernel, down).plan

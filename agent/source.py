@@ -26,7 +26,7 @@ def hand_over(policy: Policy) -> None:
 def handed_over() -> Policy | None:
     """What was left last by `hand_over` since boot; None: nothing was. Raises PolicyError, KernelError."""
     path = _place()
-    return load(path) if path.exists() else None
+    return state.read(path) if path.exists() else None
 
 
 def _place() -> Path:
@@ -69,7 +69,7 @@ class Source:
         if stamp in (self._applied, None):
             return None
         self._applied = stamp
-        return load(self._place)
+        return state.read(self._place)
 
     def is_handed_over(self) -> bool:
         """Whether `handed_over` has something to tell."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from agent import IdmarkError, folder
+from agent.draft import UnreadableError, read_text
 from agent.kernel import netns, runtime
-from agent.model import Identity, Policy, Prefix, Probe
+from agent.model import Identity, Policy, Probe
+from agent.policy import PolicyError
 from agent.policy import load as load_policy
+from agent.policy import parse as parse_policy
 
 #: systemd's StateDirectory= sets $STATE_DIRECTORY.
 DEFAULT = Path("/var/lib/idmark")
@@ -51,7 +54,7 @@ def load(likely: Policy | None = None) -> Policy | None:
             return likely
     except OSError as error:
         raise StateError(f"look for the policy of last time in {path}: {error.strerror}") from error
-    return load_policy(path) if found else None
+    return read(path) if found else None
 
 
 def saved_at() -> float | None:
@@ -170,15 +173,46 @@ def _name(number: tuple[int, int] | None) -> str | None:
 
 # --- the text --------------------------------------------------------------------------------------------------------
 
+#: What stands between two members, and they all as they stand there.
+_BETWEEN = '",\n    "'
+_MEMBERS = re.compile(r'^members = \[\n    "([^]]*)",\n\]$', re.MULTILINE)
+
 
 def text(policy: Policy) -> str:
     """A policy as a file: every key that it has, all prefixes of its lists, one a line."""
     return _text(_Itself(policy))
 
 
+def read(path: Path) -> Policy:
+    """The policy of a file that `text` is in. Raises PolicyError, with every fault that there is."""
+    try:
+        return parse(read_text(path), path)
+    except UnreadableError:
+        return load_policy(path)
+
+
+def parse(written: str, path: Path) -> Policy:
+    """The policy of a text that `text` gave, and which stands, or stood, in a file. Raises PolicyError.
+
+    Its members are lists that are at hand: a reader of TOML takes ten times as long.
+    """
+    lists: dict[str, str] = {}
+
+    def put_aside(found: re.Match[str]) -> str:
+        name = f"members {len(lists)}"
+        lists[name] = found[1].replace(_BETWEEN, "\n")
+        # A newline that stands anywhere else is none that `text` has written.
+        return f'members = ["file:{name}"]' if found[1].count("\n") == found[1].count(_BETWEEN) else found[0]
+
+    try:
+        return parse_policy(_MEMBERS.sub(put_aside, written), path, lists)
+    except PolicyError:
+        return parse_policy(written, path)  # which tells the lines of its faults
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Itself:
-    """A policy as a key to what was made of it: to compare a million members takes as long as to write them."""
+    """A policy as a key to what was made of it: to compare a thousand identities is work."""
 
     policy: Policy
 
@@ -189,7 +223,7 @@ class _Itself:
         return id(self.policy)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _text(itself: _Itself) -> str:
     """History, trial and boot ask for it in turn."""
     return "\n".join([*_lines(itself.policy), ""])
@@ -226,17 +260,10 @@ def _identity_lines(identity: Identity) -> Iterator[str]:
         yield "flush_flows = true"
     if identity.members:
         yield "members = ["
-        yield from _member_lines(identity.members)
+        for (family, length), column in identity.members.columns.items():
+            behind = "" if length == family.bits else f"/{length}"
+            yield f'    "{f"{behind}{_BETWEEN}".join(column.texts())}{behind}",'
         yield "]"
-
-
-def _member_lines(members: Iterable[Prefix]) -> Iterator[str]:
-    """As str() has them, but for a million."""
-    text = socket.inet_ntop
-    for family, address, length in members:
-        bits = family.bits
-        words = text(family.number, address.to_bytes(bits >> 3, "big"))
-        yield f'    "{words}",' if length == bits else f'    "{words}/{length}",'
 
 
 def _probe(probe: Probe) -> str:

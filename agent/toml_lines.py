@@ -7,6 +7,7 @@ import tomllib
 from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
+from functools import cached_property
 
 #: A place in a document: keys of tables, indices of arrays.
 Place = tuple[str | int, ...]
@@ -27,11 +28,16 @@ class Lines:
     """The lines, counted from 1, of everything in a TOML document that tomllib has accepted."""
 
     def __init__(self, text: str) -> None:
-        scanner = _Scanner(text)
+        self._text = text
+
+    @cached_property
+    def _lines(self) -> dict[Place, int]:
+        """Not before somebody asks: a document without a fault needs none of them."""
+        scanner = _Scanner(self._text)
         # A reader that has lost its way knows what it saw before; for the rest the surrounding table will do.
         with suppress(_LostError, RecursionError):
             scanner.document()
-        self._lines = scanner.lines
+        return scanner.lines
 
     def of(self, place: Place) -> int | None:
         """The line of a key or of an array's element; of what is around it when it has none; None: of nothing."""

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from agent.model import Address, Family, Prefix, parse_address
+from agent.model import Address, Addresses, Family, Prefix, parse_address
 
 #: Where packets of an identity neither come from nor go to by a next hop (RFC 1122, 4291; IANA's special registries).
 _SPECIAL = {
@@ -57,6 +57,17 @@ def _special(prefix: Prefix) -> str | None:
         if special.length <= prefix.length and special.address <= prefix.address <= special.last:
             return kind
     return None
+
+
+def has_special(column: Addresses, length: int) -> bool:
+    """Whether one of many networks of this length lies wholly in a special one."""
+    size = column.family.bits // 8
+    return any(
+        special.length <= length
+        and column.place(special.address.to_bytes(size, "big")) < len(column)
+        and column.number(column.place(special.address.to_bytes(size, "big"))) <= special.last
+        for special, _ in _SPECIAL_OF[column.family]
+    )
 
 
 def parse_source(text: str) -> Prefix:

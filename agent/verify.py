@@ -18,7 +18,7 @@ from agent.cut import Kind, cut
 from agent.desired import GUARDED, PRIORITY_MAIN, Desired, priority_behind, sources_of
 from agent.given import Choices, Given, Question, Values, follow
 from agent.model import Facts, Family, Identity, Prefix, address_text
-from agent.prefixes import outermost
+from agent.prefixes import outermost, pairs
 from agent.ruleset import counter_name
 from agent.walk import AS_CARRIED, DSTNAT, LOCAL, MANGLE, NOTHING, REFUSED, SRCNAT, Fate, Networks, Packet, is_reply
 from agent.wanted import Wanted, same
@@ -122,8 +122,7 @@ class World:
         self.foreign = ALL_BITS & ~self.mask
         self.marks = {identity.fwmark.value: identity for identity in self.identities}
         self.links = frozenset(identity.link for identity in self.identities)
-        members = {p for identity in self.identities for p in identity.members if p.family is family}
-        guarded = tuple(islice(outermost(members), GUARDED + 1))
+        guarded = tuple(islice(outermost(family, (each.members for each in self.identities)), GUARDED + 1))
         self.members = len(guarded)
         last = priority_behind(self.identities) + 3
         self.guarded = self.policy.kernel.enforce and 0 < self.members <= GUARDED and last < PRIORITY_MAIN
@@ -179,7 +178,7 @@ class World:
         ]
         return cut(
             self.family,
-            sources_of(self.desired.standings),
+            pairs(sources_of(self.desired.standings)),
             spans,
             {prefix: tuple(sorted(map(repr, dict.fromkeys(said)))) for prefix, said in labels.items()},
         )

@@ -118,7 +118,7 @@ def reverse_checks(desired: Desired, host: Host) -> Iterator[Symptom]:
             standing.identity.name
             for standing in desired.standings
             if (hook.priority > DSTNAT or not standing.identity.masquerade)
-            and any(prefix.family in FAMILIES[base.family] for prefix in standing.identity.members)
+            and any(family in FAMILIES[base.family] for family in standing.identity.members.families)
         ]
         for chain in reachable(base, host.chains) if losing else ():
             for check in chain.reverse_checks:

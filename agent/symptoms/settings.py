@@ -99,9 +99,7 @@ def forwarding_off(desired: Desired, host: Host) -> Iterator[Symptom]:
     names = [link.name for link in host.facts.links]
     for family in Family:
         with_members = [
-            standing.identity.name
-            for standing in desired.standings
-            if any(prefix.family is family for prefix in standing.identity.members)
+            standing.identity.name for standing in desired.standings if family in standing.identity.members.families
         ]
         if with_members and not any(host.sysctl(conf(family, name, "forwarding")) for name in names):
             setting = "net.ipv4.ip_forward" if family is Family.IPV4 else "net.ipv6.conf.all.forwarding"

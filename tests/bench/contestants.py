@@ -172,11 +172,11 @@ def write_policy(sources: Sources, directory: Path, more: Iterable[str] = ()) ->
 
 
 def _only(*rules: str) -> Callable[[World, Sources], None]:
-    """idmark's policy routing, and in its two hooks on the way of a forwarded packet nothing but these rules."""
+    """idmark's policy routing, and in the hooks that every packet goes through nothing but these rules."""
 
     def load(world: World, sources: Sources) -> None:
         _idmark(world, sources)
-        flushed = [f"flush chain inet idmark {hook}" for hook in ("prerouting", "postrouting")]
+        flushed = [f"flush chain inet idmark {hook}" for hook in ("prerouting", "output", "postrouting")]
         world.nft("\n".join([*flushed, *(f"add rule inet idmark {rule}" for rule in rules), ""]))
 
     return load
@@ -210,12 +210,24 @@ PEERS = (
     Contestant("from rules", _from_rules, LINEAR),
     Contestant("iptables MARK", _iptables, LINEAR),
 )
-#: What idmark would cost if it did less: none of these counts or guards anything.
-PARTS = (
-    Contestant("idmark, hooks empty", _only()),
+#: What idmark would cost if it did less, in forwarding and for local packets: none of these counts or guards anything.
+EMPTY = Contestant("idmark, hooks empty", _only())
+FORWARDED_PARTS = (
+    EMPTY,
     Contestant("idmark, a constant mark", _only("prerouting meta mark set 0x01000000")),
     Contestant("idmark, only marking", _only("prerouting goto source")),
 )
+LOCAL_PARTS = (
+    EMPTY,
+    Contestant(
+        "idmark, only who is at home",
+        _only(
+            "output meta mark & 0x3f000000 == 0 ip saddr . oifname @home-ipv4 accept",
+            "output meta mark & 0x3f000000 == 0 ip6 saddr . oifname @home-ipv6 accept",
+        ),
+    ),
+)
+PARTS = tuple(dict.fromkeys((*FORWARDED_PARTS, *LOCAL_PARTS)))
 YARDSTICKS = (BARE, BARE.tracked(), FLOOR, FLOOR.tracked())
 EVERYBODY = (*YARDSTICKS, IDMARK, IDMARK_LOOKS, *PEERS, *(peer.tracked() for peer in PEERS))
 SOME = (*YARDSTICKS, IDMARK, IDMARK_LOOKS, *PEERS[:3], *(peer.tracked() for peer in PEERS[:2]))

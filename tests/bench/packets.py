@@ -32,7 +32,9 @@ from tests.bench.contestants import (
     BARE,
     EVERYBODY,
     FLOOR,
+    FORWARDED_PARTS,
     IDMARK,
+    LOCAL_PARTS,
     PARTS,
     SOME,
     YARDSTICKS,
@@ -53,8 +55,8 @@ SIZE = 128
 LOCAL = {"udp": 128, "tcp-rr": 32, "tcp": 8}
 #: What a gateway's own packets cost hardly depends on its members: once is enough.
 LOCAL_SOURCES = ("mixed", 1024)
-#: Where it is measured what the parts of a ruleset cost.
-DISSECTED = ("hosts", 1024)
+#: Where it is measured what the parts of a ruleset cost, in forwarding and for local packets.
+DISSECTED = {("hosts", 1024): FORWARDED_PARTS, LOCAL_SOURCES: LOCAL_PARTS}
 SEED = 73
 #: Bursts until caches are warm: every flow has been seen.
 WARM = FLOWS // SIZE
@@ -283,8 +285,8 @@ def run(
 ) -> Report:
     """Measure; what was found has been printed as well. To be called inside the room.
 
-    Without a word about the `traffic`, local packets are measured as well where the sources are LOCAL_SOURCES. At
-    DISSECTED the PARTS join everybody.
+    Without a word about the `traffic`, local packets are measured as well where the sources are LOCAL_SOURCES. Where
+    they are DISSECTED the parts join everybody.
     """
     report = Report("packets", __doc__.split("\n\n")[1] + ABOUT, room.machine())
     chance = random.Random(seed)
@@ -293,11 +295,12 @@ def run(
         generator = Generator(room.build(directory))
         for sources in several:
             print(f"measuring: {sources.family}, {sources.shape}, {len(sources.prefixes)} sources", file=sys.stderr)
-            parts = PARTS if contestants is EVERYBODY and (sources.shape, len(sources.prefixes)) == DISSECTED else ()
+            kind = (sources.shape, len(sources.prefixes))
+            parts = DISSECTED.get(kind, ()) if contestants is EVERYBODY else ()
             with block(sources, (*contestants, *parts), directory, seed) as here:
                 if not traffic or "forwarded" in traffic:
                     forwarded(here, generator, effort, chance, report)
-                if "local" in traffic or (not traffic and (sources.shape, len(sources.prefixes)) == LOCAL_SOURCES):
+                if "local" in traffic or (not traffic and kind == LOCAL_SOURCES):
                     local(here, generator, effort, chance, report)
                 if profiled:
                     print(profile(here, generator, directory))

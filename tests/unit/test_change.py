@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import fields, replace
 from ipaddress import IPv4Address, IPv6Address
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,11 +17,11 @@ from hypothesis import strategies as st
 
 from agent.change import CHANGED, GONE, NEW, SAME, Change, change, plain
 from agent.desired import GUARDED, desire, sources_of
-from agent.model import Facts, Family, Identity, Kernel, Policy, Prefix, Probe, parse_address
+from agent.model import Facts, Family, Identity, Kernel, Policy, Prefix, Prefixes, Probe, parse_address
 from agent.policy import load
-from agent.prefixes import lookup
+from agent.prefixes import lookup, pairs
 from agent.settings import EFFECTS
-from tests.unit.values import GATEWAY, host, hosts, identity, policies, policy, toml
+from tests.unit.values import GATEWAY, host, hosts, identity, policies, policy, prefixes, toml
 
 INSIDE = identity("inside", 1, "wg0", addresses=["192.0.2.130"], members=["10.9.0.0/24", "10.9.7.0/24"])
 OUTSIDE = identity("outside", 2, "wan", addresses=["203.0.113.2"], members=["10.9.0.0/16"], next_hop=["203.0.113.1"])
@@ -32,8 +33,8 @@ def to(after: Policy, before: Policy = BEFORE, facts: Facts | None = None) -> Ch
     return change(desire(before, facts), desire(after, facts))
 
 
-def members(each: tuple[str, ...]) -> tuple[Prefix, ...]:
-    return tuple(map(Prefix.parse, each))
+def members(each: tuple[str, ...]) -> Prefixes:
+    return prefixes(*each)
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_sources(inside: tuple[str, ...], outside: tuple[str, ...], expected: st
 
 def test_losing_an_identity_is_a_risk() -> None:
     """Sources that were an identity's and are nobody's go by table main: that is said first, and as a risk."""
-    found = to(policy(replace(INSIDE, members=members(("10.9.0.0/24",))), replace(OUTSIDE, members=())))
+    found = to(policy(replace(INSIDE, members=members(("10.9.0.0/24",))), replace(OUTSIDE, members=Prefixes())))
     assert found.risks[0].endswith("lose their identity (outside): go by table main")
     assert "10.9.7.0/24 loses its identity (inside): goes by table main" in found.risks
 
@@ -83,7 +84,7 @@ def test_losing_an_identity_is_a_risk() -> None:
 def test_same_link() -> None:
     """Identities that share a link are told apart by more than it: it stays the same."""
     twin = replace(OUTSIDE, link="wg0")
-    found = to(policy(replace(INSIDE, members=()), twin), policy(INSIDE, twin))
+    found = to(policy(replace(INSIDE, members=Prefixes()), twin), policy(INSIDE, twin))
     assert [found.fate_of(move) for move in found.moves] == ["move from inside to outside: by wg0 still"]
 
 
@@ -96,10 +97,10 @@ def test_a_move_is_another_owner(before: Policy, after: Policy, facts: Facts | N
     found = to(after, before, facts)
     names = {part.before.name: part.name for part in found.parts if part.before and part.after}
     sides = [
-        [(prefix, known.get(name, name)) for prefix, name in sources_of(desire(each, facts).standings)]
+        {known.get(name, name): held for name, held in sources_of(desire(each, facts).standings).items()}
         for each, known in ((before, names), (after, {}))
     ]
-    for prefix, _ in sides[0] + sides[1]:
+    for prefix, _ in chain.from_iterable(map(pairs, sides)):
         for number in {prefix.address - 1, prefix.address, prefix.last, prefix.last + 1}:
             if 0 <= number < 1 << prefix.family.bits:
                 address = (IPv4Address if prefix.family is Family.IPV4 else IPv6Address)(number)
@@ -364,7 +365,7 @@ def test_renumbered() -> None:
 def test_guards_are_lost() -> None:
     """Members of so many prefixes that no rule closes them any more without the ruleset: that is a risk."""
     many = tuple(Prefix(Family.IPV4, (11 << 24) + (number << 9), 24) for number in range(GUARDED + 1))
-    found = to(policy(replace(INSIDE, members=many), OUTSIDE))
+    found = to(policy(replace(INSIDE, members=Prefixes.of(many)), OUTSIDE))
     (setting,) = found.gateway
     assert (setting.key, setting.before, setting.after, setting.risky) == ("ipv4 guard rules", "yes", "no", True)
 
@@ -423,5 +424,8 @@ def test_plain() -> None:
 def test_hundred_thousand() -> None:
     """Two policies of 100,000 prefixes each are compared, in meaning and in text."""
     networks = tuple(Prefix(Family.IPV4, (10 << 24) + (number << 9), 24) for number in range(100_000))
-    found = to(policy(replace(INSIDE, members=networks[::2])), policy(replace(INSIDE, members=networks)))
+    found = to(
+        policy(replace(INSIDE, members=Prefixes.of(networks[::2]))),
+        policy(replace(INSIDE, members=Prefixes.of(networks))),
+    )
     assert [(move.before, move.after, len(move.prefixes)) for move in found.moves] == [("inside", None, 50_000)]

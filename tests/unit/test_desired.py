@@ -39,6 +39,7 @@ from tests.unit.values import (
     OUTSIDE,
     VPN,
     WAN,
+    by_name,
     host,
     hosts,
     identity,
@@ -46,6 +47,7 @@ from tests.unit.values import (
     link,
     policies,
     policy,
+    prefixes,
     route,
 )
 
@@ -158,6 +160,17 @@ def test_address_on_no_link() -> None:
     assert way(desired, "inside", IPV6).hops
 
 
+def test_many_addresses_on_no_link() -> None:
+    """Of hundreds that no link has some are named, and the rest counted."""
+    own = [f"192.0.2.{number}" for number in range(1, 201)]
+    notes = desire(policy(identity("inside", 1, "vpn0", addresses=own)), host(link("vpn0", "192.0.2.1/32"))).notes
+    assert [note.removeprefix("identity inside: ") for note in notes] == [
+        "192.0.2.2 is on no link of this host",
+        "192.0.2.3 is on no link of this host",
+        "192.0.2.4 and 196 more addresses are on no link of this host",
+    ]
+
+
 def test_address_elsewhere_is_fine() -> None:
     """An own address may stand on any link of the host."""
     assert desire(policy(INSIDE), host(VPN, link("dummy0", "192.0.2.7/32"))).notes == ()
@@ -220,7 +233,7 @@ def test_every_address_speaks() -> None:
 )
 def test_choice_of_address(gone: set[Address], chosen: Address) -> None:
     """The default's `src`, and what members are translated to, is the address that will last, whatever their order."""
-    outside = replace(OUTSIDE, members=(Prefix.parse("2001:db8:9::/64"),), masquerade=True)
+    outside = replace(OUTSIDE, members=prefixes("2001:db8:9::/64"), masquerade=True)
     left = replace(SLAAC, addresses=tuple(item for item in SLAAC.addresses if item.address not in gone))
     desired = desire(policy(outside), host(left, routes=DEFAULTS))
     assert {item.source for item in desired.routes if item.metric == METRIC_OWN and item.hops} == {chosen}
@@ -700,7 +713,7 @@ def test_every_address_in_one_class(written: Policy, facts: Facts) -> None:
             for span in desired.classes
             if span.family is Family.of(address) and span.first <= int(address) <= span.last
         ]
-        found = lookup(sources, address)
+        found = lookup(by_name(sources), address)
         assert holders == ([found[1]] if found else [])
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from agent import layers as module
 from agent.layers import MANY, SETS, Layer, layers
 from agent.model import Addresses, Family, Prefix
+from tests.unit.values import by_name
 
 Sources = list[tuple[Prefix, str]]
 #: Forces a shape, whatever the number of sources.
@@ -130,7 +131,7 @@ def test_longest_prefix(shape: str, family: Family, data: st.DataObject) -> None
     force, has_shape = SHAPES[shape]
     with pytest.MonkeyPatch.context() as patch:
         force(patch)
-        found = layers(family, made)
+        found = layers(family, by_name(made))
     assert has_shape(found) or not made
     trie = Trie(made)
     for place in places(made, family):
@@ -146,14 +147,14 @@ def test_order_of_lines(shape: str, data: st.DataObject, order: object) -> None:
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         SHAPES[shape][0](patch)
-        assert layers(Family.IPV4, shuffled) == layers(Family.IPV4, made)
+        assert layers(Family.IPV4, by_name(shuffled)) == layers(Family.IPV4, by_name(made))
 
 
 @given(st.data(), st.sets(st.sampled_from("abc")))
 def test_hosts(data: st.DataObject, hosts: set[str]) -> None:
     """A place for whole addresses, empty so far, comes first and changes nothing."""
     made = data.draw(sources(Family.IPV6))
-    found, trie = layers(Family.IPV6, made, sorted(hosts)), Trie(made)
+    found, trie = layers(Family.IPV6, by_name(made), sorted(hosts)), Trie(made)
     for place in places(made, Family.IPV6):
         assert asked(found, Family.IPV6, place) == trie.owner(Family.IPV6, place)
     if hosts and found[0].length is not None:
@@ -163,10 +164,10 @@ def test_hosts(data: st.DataObject, hosts: set[str]) -> None:
 def test_the_other_family_is_not_asked() -> None:
     """Sources of the other family are in no layer of this one."""
     made = [(Prefix.parse("10.9.0.0/24"), "a"), (Prefix.parse("2001:db8::/32"), "b")]
-    assert [(layer.name, *layer.elements) for layer in layers(Family.IPV4, made)] == [
+    assert [(layer.name, *layer.elements) for layer in layers(Family.IPV4, by_name(made))] == [
         ("sources-ipv4-24", ("10.9.0.0", "goto id-a"))
     ]
-    assert [(layer.name, *layer.elements) for layer in layers(Family.IPV6, made)] == [
+    assert [(layer.name, *layer.elements) for layer in layers(Family.IPV6, by_name(made))] == [
         ("sources-ipv6-32", ("2001:db8::", "goto id-b"))
     ]
 
@@ -214,7 +215,7 @@ def many(family: Family, lengths: Sequence[int], count: int, names: str = "a") -
 def test_shape(made: Sources, named: list[str]) -> None:
     """The shape is the one that costs a packet least; with many sources, sets of each identity while they are few."""
     family = made[0][0].family if made else Family.IPV4
-    found = layers(family, made)
+    found = layers(family, by_name(made))
     assert [layer.name for layer in found] == named
     assert len(found) <= SETS or not made
 
@@ -229,13 +230,13 @@ def test_shape(made: Sources, named: list[str]) -> None:
 )
 def test_place_for_hosts(made: list[tuple[str, str]], hosts: list[str], named: list[str]) -> None:
     """Who may get addresses at any moment has a set for them, so that no rule changes when one comes."""
-    found = layers(Family.IPV4, [(Prefix.parse(text), name) for text, name in made], hosts)
+    found = layers(Family.IPV4, by_name((Prefix.parse(text), name) for text, name in made), hosts)
     assert [layer.name for layer in found] == named
 
 
 def test_place_for_hosts_among_many() -> None:
     """Where each identity has sets of its own, the place is a set of its own too."""
-    found = layers(Family.IPV4, many(Family.IPV4, [24], MANY + 1, "ab"), ["c"])
+    found = layers(Family.IPV4, by_name(many(Family.IPV4, [24], MANY + 1, "ab")), ["c"])
     assert [layer.name for layer in found] == ["id-c-ipv4-32", "id-a-ipv4-24", "id-b-ipv4-24"]
     assert found[0].elements == Addresses(Family.IPV4)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.model import Address, Family, Policy, Prefix
 from agent.moves import aggregated, few, moves, size
 from agent.prefixes import classes, lookup
-from tests.unit.values import policies
+from tests.unit.values import by_name, policies
 
 Sources = list[tuple[Prefix, str]]
 
@@ -79,9 +79,10 @@ _owned = st.lists(
 def test_a_move_is_another_owner(before: Sources, after: Sources) -> None:
     """For every address: it is in one move, from its old to its new owner, just when these differ."""
     found = moves(classes(before), classes(after))
+    was, becomes = by_name(before), by_name(after)
     for number in range((10 << 24) - 1, (10 << 24) + 65):
         address = IPv4Address(number)
-        owners = tuple(source and source[1] for source in (lookup(before, address), lookup(after, address)))
+        owners = tuple(source and source[1] for source in (lookup(was, address), lookup(becomes, address)))
         told = [(move.before, move.after) for move in found for prefix in move.prefixes if address in prefix]
         assert told == ([owners] if owners[0] != owners[1] else [])
 
@@ -103,8 +104,9 @@ def test_a_move_is_another_owner_in_policies(first: Policy, second: Policy) -> N
         [(prefix, each.name) for each in policy.identities for prefix in each.members] for policy in (first, second)
     )
     found = moves(classes(before), classes(after))
+    was, becomes = by_name(before), by_name(after)
     for address in edges([prefix for prefix, _ in before + after]):
-        owners = tuple(source and source[1] for source in (lookup(before, address), lookup(after, address)))
+        owners = tuple(source and source[1] for source in (lookup(was, address), lookup(becomes, address)))
         told = [(move.before, move.after) for move in found for prefix in move.prefixes if address in prefix]
         assert told == ([owners] if owners[0] != owners[1] else [])
 

@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from agent import page
 from agent.change import SAME, Change, change
 from agent.desired import desire
-from agent.model import Kernel, Prefix, Probe, parse_address
-from tests.unit.values import identity, policy
+from agent.model import Kernel, Prefixes, Probe, parse_address
+from tests.unit.values import identity, policy, prefixes
 
 INSIDE = identity(
     "inside", 1, "wg0", addresses=["192.0.2.130", "2001:db8:4::130"], members=["10.9.7.0/24"], masquerade=True
@@ -32,8 +32,8 @@ def two() -> Change:
     """One identity loses sources and follows another's road, one goes, one comes; the gateway stops enforcing."""
     before = policy(INSIDE, OUTSIDE, identity("old", 4, "ppp0", addresses=["198.51.100.4"]))
     probe = Probe(parse_address("192.0.2.53"), 2.0, 3)
-    inside = replace(INSIDE, link="wg1", members=(), when_down="outside", masquerade=False, probe=probe)
-    outside = replace(OUTSIDE, members=(Prefix.parse("10.9.0.0/17"),))
+    inside = replace(INSIDE, link="wg1", members=Prefixes(), when_down="outside", masquerade=False, probe=probe)
+    outside = replace(OUTSIDE, members=prefixes("10.9.0.0/17"))
     return change(desire(before, None), desire(policy(inside, outside, GUESTS, kernel=Kernel(enforce=False)), None))
 
 
@@ -51,7 +51,9 @@ def forty() -> Change:
         for number in range(1, 41)
     ]
     after = [
-        replace(each, masquerade=True, when_down=long[0].name, members=each.members[::2]) if each.id % 5 == 0 else each
+        replace(each, masquerade=True, when_down=long[0].name, members=Prefixes.of([*each.members][::2]))
+        if each.id % 5 == 0
+        else each
         for each in long
     ]
     return change(desire(policy(*long[:-1]), None), desire(policy(after[0], *after[2:]), None))

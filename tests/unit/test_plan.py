@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,6 +29,7 @@ from agent.model import (
     NftSet,
     Policy,
     Prefix,
+    Prefixes,
     Route,
     Rule,
     Statement,
@@ -599,7 +600,7 @@ def test_in_force() -> None:
 
 def test_first_apply_as_a_script() -> None:
     """A plan reads like a script: routes from the last one on, rules, one nft transaction."""
-    inside = replace(INSIDE, addresses=INSIDE.addresses and INSIDE.addresses[:1], members=())
+    inside = replace(INSIDE, addresses=INSIDE.addresses and INSIDE.addresses[:1], members=Prefixes())
     lines = plan(desire(policy(inside, downstream=["lan"]), GATEWAY), NOTHING).text.splitlines()
     assert lines[:7] == [
         "+ ip route add unreachable default table 4001 metric 4294967295 protocol 73",
@@ -752,9 +753,11 @@ def _diverting(written: Policy) -> Policy:
 # --- elements --------------------------------------------------------------------------------------------------------
 
 
-def members(count: int, *others: str) -> tuple[Prefix, ...]:
-    """That many addresses from 10.0.0.0 on, and others."""
-    return (*(Prefix(Family.IPV4, (10 << 24) + number, 32) for number in range(count)), *map(Prefix.parse, others))
+def members(numbers: Iterable[int], *others: str) -> Prefixes:
+    """The addresses with these numbers, from 10.0.0.0 on, and others."""
+    return Prefixes.of(
+        [*(Prefix(Family.IPV4, (10 << 24) + number, 32) for number in numbers), *map(Prefix.parse, others)]
+    )
 
 
 def in_force(desired: Desired) -> Observed:
@@ -770,7 +773,7 @@ def table_steps(desired: Desired, now: Observed) -> list[Load | Change]:
 
 def test_elements_alone() -> None:
     """Where members come and go that no rule knows of, the plan is the change of these elements, without nft."""
-    more = desire(policy(replace(INSIDE, members=members(0, "10.9.0.0/24", "10.8.0.0/24")), OUTSIDE), GATEWAY)
+    more = desire(policy(replace(INSIDE, members=members((), "10.9.0.0/24", "10.8.0.0/24")), OUTSIDE), GATEWAY)
     assert table_steps(more, IN_FORCE) == [
         Change("idmark", (ElementChange("sources-ipv4-24", "ipv4_addr", (), (("10.8.0.0", "goto id-inside"),)),))
     ]
@@ -780,8 +783,8 @@ def test_elements_alone() -> None:
 
 def test_a_member_moves_at_once() -> None:
     """A member that another identity gets goes and comes in one change of one map."""
-    one = desire(policy(INSIDE, replace(OUTSIDE, members=members(0, "10.8.0.0/24"))), GATEWAY)
-    two = replace(INSIDE, members=members(0, "10.8.0.0/24", "10.9.0.0/24"))
+    one = desire(policy(INSIDE, replace(OUTSIDE, members=members((), "10.8.0.0/24"))), GATEWAY)
+    two = replace(INSIDE, members=members((), "10.8.0.0/24", "10.9.0.0/24"))
     (step,) = table_steps(desire(policy(two, OUTSIDE), GATEWAY), in_force(one))
     assert list(step.lines()) == [
         "- nft delete element inet idmark sources-ipv4-24 { 10.8.0.0 }",
@@ -800,7 +803,7 @@ def test_an_element_for_all_others_goes_by_nft() -> None:
     assert steps == [Load("idmark", ("delete element inet idmark own-link { * }",))]
 
 
-MANY_MEMBERS = desire(policy(replace(INSIDE, members=members(MANY)), OUTSIDE), GATEWAY)
+MANY_MEMBERS = desire(policy(replace(INSIDE, members=members(range(MANY))), OUTSIDE), GATEWAY)
 
 
 def test_many_are_there_before_any_rule_asks() -> None:
@@ -828,7 +831,7 @@ def test_many_are_there_before_any_rule_asks() -> None:
 def test_who_is_new_marks_before_anything_goes_there() -> None:
     """A member that a new identity takes over goes to a chain that marks already: it is never without a mark."""
     new = identity("new", 3, "vpn1", addresses=[], members=["10.9.0.0/24"])
-    both = desire(policy(replace(INSIDE, members=()), OUTSIDE, new), GATEWAY)
+    both = desire(policy(replace(INSIDE, members=Prefixes()), OUTSIDE, new), GATEWAY)
     for state in states(plan(both, IN_FORCE), IN_FORCE, both):
         assert state.table
         chains = {chain.name: chain for chain in state.table.chains}
@@ -840,7 +843,7 @@ def test_who_is_new_marks_before_anything_goes_there() -> None:
 def test_few_of_many() -> None:
     """What changes in large sets that are there is all that is sent."""
     now = in_force(MANY_MEMBERS)
-    fewer = replace(INSIDE, members=members(MANY, "10.9.9.9")[1:])
+    fewer = replace(INSIDE, members=members(range(1, MANY), "10.9.9.9"))
     (step,) = table_steps(desire(policy(fewer, OUTSIDE), GATEWAY), now)
     assert list(step.lines()) == [
         "- nft delete element inet idmark id-inside-ipv4-32 { 10.0.0.0 }",
@@ -852,7 +855,7 @@ def test_rules_and_many_elements_of_what_stays() -> None:
     """Where rules change with many elements of sets that stay, no transaction holds many: rules that ask for the
     differences, too, are in force while the sets change, and at the end nothing is left of them.
     """
-    others = replace(INSIDE, members=members(MANY + 2000)[2000:])
+    others = replace(INSIDE, members=members(range(2000, MANY + 2000)))
     wanted = desire(policy(others, OUTSIDE, kernel=Kernel(hook_priority=-140)), GATEWAY)
     now = in_force(MANY_MEMBERS)
     made, fill, asking, change, rules, cleared = table_steps(wanted, now)
@@ -880,9 +883,9 @@ def test_what_stays_changes_with_the_rules() -> None:
     ask yet, after it they may lack what was there.
     """
     # The first addresses are somebody else's now, as a network of a length that no rule has asked for so far.
-    shorter = replace(OUTSIDE, members=members(0, "10.0.0.0/31"))
+    shorter = replace(OUTSIDE, members=members((), "10.0.0.0/31"))
     steps = table_steps(
-        desire(policy(replace(INSIDE, members=members(MANY)[2:]), shorter), GATEWAY), in_force(MANY_MEMBERS)
+        desire(policy(replace(INSIDE, members=members(range(2, MANY))), shorter), GATEWAY), in_force(MANY_MEMBERS)
     )
     assert [type(step) for step in steps] == [Load, Change, Load]
     assert isinstance(steps[2], Load)
@@ -901,9 +904,11 @@ def test_what_was_interrupted_is_filled_up() -> None:
 
 def test_inverse_of_a_change() -> None:
     """A change that is taken back leaves what was there; what comes back does so in the order in which rules ask."""
-    more = replace(OUTSIDE, members=members(0, "10.8.0.0/24", "10.8.0.1", "10.9.0.5"))
+    more = replace(OUTSIDE, members=members((), "10.8.0.0/24", "10.8.0.1", "10.9.0.5"))
     one, two = BOTH, desire(policy(INSIDE, more), GATEWAY)
-    two_layers = in_force(desire(policy(INSIDE, replace(more, members=members(0, "10.8.0.0/24", "10.7.0.1"))), GATEWAY))
+    two_layers = in_force(
+        desire(policy(INSIDE, replace(more, members=members((), "10.8.0.0/24", "10.7.0.1"))), GATEWAY)
+    )
     for desired, now in ((one, in_force(two)), (two, IN_FORCE), (two, two_layers)):
         (step,) = table_steps(desired, now)
         assert isinstance(step, Change)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
-from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Probe
+from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Prefixes, Probe
 from agent.policy import Fault, PolicyError, load
 from agent.schema import Document, IdentityTable, KernelTable, ProbeTable, schema
 
@@ -93,7 +93,7 @@ def test_good_policy(write: Write) -> None:
                 table=4001,
                 priority=4001,
                 addresses=(IPv4Address("192.0.2.130"), IPv6Address("2001:db8:4::130")),
-                members=tuple(map(Prefix.parse, ["10.9.0.0/24", "10.20.0.0/16", "2001:db8:20::/48"])),
+                members=Prefixes.of(map(Prefix.parse, ["10.9.0.0/24", "10.20.0.0/16", "2001:db8:20::/48"])),
                 next_hop="none",
             ),
             Identity(
@@ -219,7 +219,7 @@ def test_absolute_list(write: Write, tmp_path: Path) -> None:
     other.write_text("10.77.0.0/16\n")
     members = f'members = ["file:{other}"]'
     policy = load(write(changed(('members = ["10.9.0.0/24", "file:lists/engineering.txt"]', members))))
-    assert policy.identities[0].members == (Prefix.parse("10.77.0.0/16"),)
+    assert [*policy.identities[0].members] == [Prefix.parse("10.77.0.0/16")]
 
 
 def test_list_is_beside_the_policy(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1070,7 +1070,7 @@ def test_long_list(write: Write) -> None:
     """A list of a hundred thousand prefixes is all there, sorted."""
     lines = [f"2001:db8:{i >> 8:x}:{i & 255:x}::/64" for i in range(100_000)]
     members = load(write(engineering="\n".join(reversed(lines)))).identities[0].members
-    assert members[1:] == tuple(map(Prefix.parse, lines))
+    assert [*members][1:] == [*map(Prefix.parse, lines)]
 
 
 def test_fault_of_an_unprintable_file() -> None:

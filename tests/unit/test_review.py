@@ -9,8 +9,8 @@ import pytest
 from agent import review
 from agent.change import Change, change
 from agent.desired import desire
-from agent.model import Family, Identity, Policy, Prefix
-from tests.unit.values import identity, policy
+from agent.model import Family, Identity, Policy, Prefix, Prefixes
+from tests.unit.values import identity, policy, prefixes
 
 INSIDE = identity("inside", 1, "wg0", addresses=["192.0.2.130"], members=["10.9.0.0/24", "10.9.7.0/24"])
 OUTSIDE = identity("outside", 2, "wan", addresses=["203.0.113.2"], members=["10.9.0.0/16"], next_hop=["203.0.113.1"])
@@ -23,7 +23,7 @@ def to(after: Policy, before: Policy = BEFORE) -> Change:
     return change(desire(before, None), desire(after, None))
 
 
-MOVED = to(policy(replace(INSIDE, members=(Prefix.parse("10.9.0.0/24"),), when_down="main"), OUTSIDE))
+MOVED = to(policy(replace(INSIDE, members=prefixes("10.9.0.0/24"), when_down="main"), OUTSIDE))
 
 
 def test_text() -> None:
@@ -66,8 +66,8 @@ HUGE = tuple(Prefix(Family.IPV4, (10 << 24) + (number << 9), 24) for number in r
 
 def test_a_comment_holds_it() -> None:
     """However long the lists, and however many identities: a comment has room for it, and says what it left out."""
-    many = [replace(each, members=HUGE[place::30]) for place, each in enumerate(thirty())]
-    words = review.markdown(to(policy(*many), policy(*(replace(each, members=()) for each in many))))
+    many = [replace(each, members=Prefixes.of(HUGE[place::30])) for place, each in enumerate(thirty())]
+    words = review.markdown(to(policy(*many), policy(*(replace(each, members=Prefixes()) for each in many))))
     assert len(words) < COMMENT
     assert " more lines." in words
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from agent import ruleset
 from agent.desired import Desired, desire
 from agent.layers import MANY
-from agent.model import Addresses, Chain, Facts, Family, Fwmark, Hook, Kernel, Prefix, Statement, Table
+from agent.model import Addresses, Chain, Facts, Family, Fwmark, Hook, Kernel, Prefix, Prefixes, Statement, Table
 from agent.ruleset import COUNTS
-from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, hosts, identity, policies, policy, read_back
+from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, hosts, identity, policies, policy, prefixes, read_back
 
 #: What was wanted, and the table made of it.
 Made = tuple[Desired, Table]
@@ -87,7 +87,7 @@ def test_no_intervals() -> None:
 def test_intervals_of_many_lengths() -> None:
     """Only the sources are intervals, of the family whose networks have more lengths than are worth asking for."""
     members = [f"10.{length}.0.0/{length}" for length in range(16, 32)]
-    table = table_of(replace(INSIDE, members=tuple(map(Prefix.parse, members))), OUTSIDE)
+    table = table_of(replace(INSIDE, members=prefixes(*members)), OUTSIDE)
     assert {item.name: item.type for item in table.sets if item.interval} == {
         "sources-ipv4": ("ipv4_addr", "verdict", True, 0)
     }
@@ -97,7 +97,7 @@ def test_intervals_of_many_lengths() -> None:
 def test_sets_of_many() -> None:
     """Of many sources each identity has sets of its own, of addresses alone: one more is no matter to the kernel."""
     many = tuple(Prefix(Family.IPV4, (10 << 24) + number, 32) for number in range(MANY))
-    table = table_of(replace(INSIDE, members=many), OUTSIDE)
+    table = table_of(replace(INSIDE, members=Prefixes.of(many)), OUTSIDE)
     sets = {item.name: (item.type, len(item.elements)) for item in table.sets if item.name.startswith("id-")}
     assert sets == {
         "id-inside-ipv4-32": (("ipv4_addr", "", False, 0), MANY + 1),

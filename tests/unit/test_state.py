@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from agent import state
-from agent.model import Family, Policy, Prefix, Probe, parse_address
-from agent.policy import load
+from agent.model import Family, Policy, Prefix, Prefixes, Probe, parse_address
+from agent.policy import PolicyError, load
+from agent.policy import parse as policy_of
 from tests.unit.values import INSIDE, OUTSIDE, identity, policies, policy, toml
 
 
@@ -68,6 +72,22 @@ def test_for_a_reader() -> None:
 
 def test_a_hundred_thousand_members() -> None:
     """Long lists are kept whole."""
-    members = tuple(Prefix(Family.IPV4, 0x0A000000 + 2 * number, 32) for number in range(100_000))
+    members = Prefixes.of(Prefix(Family.IPV4, 0x0A000000 + 2 * number, 32) for number in range(100_000))
     kept = through_the_door(state.text(policy(replace(INSIDE, members=members), OUTSIDE)))
     assert kept.identity("inside").members == members
+
+
+@given(policies(), st.sampled_from(['"10.0.0.0/8", "10.0.0.0/9"', '"10.0.0.0/8"\n', '"10.0.0.0/8",\n    "nothing",\n']))
+def test_at_once(written: Policy, by_hand: str) -> None:
+    """What was kept is read without TOML's reader for the members: the same policy, or the very same faults."""
+    text = state.text(written)
+    assert state.parse(text, Path("applied.toml")) == policy_of(text, Path("applied.toml"))
+    changed = re.sub(r"^members = \[[^]]*\]$", f"members = [\n    {by_hand}]", text, flags=re.MULTILINE)
+    assert _or_faults(state.parse, changed) == _or_faults(policy_of, changed)
+
+
+def _or_faults(read: Callable[[str, Path], Policy], text: str) -> Policy | list[str]:
+    try:
+        return read(text, Path("applied.toml"))
+    except PolicyError as error:
+        return error.lines()

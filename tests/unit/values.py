@@ -31,6 +31,7 @@ from agent.model import (
     NextHop,
     Policy,
     Prefix,
+    Prefixes,
     Probe,
     Route,
     Rule,
@@ -41,6 +42,19 @@ from agent.model import (
 from agent.plan import Observed
 
 # --- builders --------------------------------------------------------------------------------------------------------
+
+
+def prefixes(*texts: str) -> Prefixes:
+    """Networks from their texts."""
+    return Prefixes.of(map(Prefix.parse, texts))
+
+
+def by_name(sources: Iterable[tuple[Prefix, str]]) -> dict[str, Prefixes]:
+    """Each name's networks, from pairs."""
+    found: dict[str, list[Prefix]] = {}
+    for prefix, name in sources:
+        found.setdefault(name, []).append(prefix)
+    return {name: Prefixes.of(several) for name, several in found.items()}
 
 
 def identity(
@@ -76,7 +90,7 @@ def identity(
         table=kernel.table_base + number,
         priority=kernel.rule_priority + number,
         addresses=None if addresses == "auto" else sorted_addresses(map(parse_address, addresses)),
-        members=tuple(sorted(map(Prefix.parse, members))),
+        members=prefixes(*members),
         next_hop=hop,
         when_down=when_down,
         masquerade=masquerade,
