@@ -279,7 +279,9 @@ class Metrics:
         missing = sorted(roster.counters - found.keys())
         if missing:
             raise KernelError(f"read the counters of nft table inet {name}", f"there is no {missing[0]}")
-        counts = self._carry.totals({counter: count for counter, count in found.items() if counter in roster.counters})
+        if len(found) > len(roster.counters):  # somebody has others there
+            found = {counter: found[counter] for counter in roster.counters}
+        counts = self._carry.totals(found)
         if self._carry.changed:
             self._save()
         with Rtnl() as rtnl:
