@@ -81,6 +81,9 @@ def explain(
     steps = [("identity", decision.why)]
     family = Family.of(packet.source)
     wanted = Wanted(family, desired, facts or Facts())
+    if desired.policy.kernel.drop_own_sources and _claims_to_be_this_host(wanted, packet):
+        steps.append(("dropped", "it claims to come from this host: chain prerouting drops it (drop_own_sources)"))
+        return Explanation(packet, None, tuple(steps), None)
     way = _Way(wanted, rendered, packet)
     identity = decision.standing.identity if decision.standing else None
     mask = desired.policy.kernel.mark_mask
@@ -112,6 +115,11 @@ def explain(
     if agreed is False and answer:
         steps.append(("remedy", _remedy(packet, bool(foreign), answer.table == identity.table, identity.table)))
     return Explanation(packet, identity.name, tuple(steps), agreed)
+
+
+def _claims_to_be_this_host(wanted: Wanted, packet: Packet) -> bool:
+    """Whether the rule of `drop_own_sources` takes it, which is for IPv4 (ruleset.FROM_OUR_OWN)."""
+    return wanted.family is Family.IPV4 and packet.arriving is not None and int(packet.source) in wanted.local
 
 
 class _Way:

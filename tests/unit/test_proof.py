@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agent import render
 from agent.artefact import in_order, read
 from agent.desired import Desired, desire
-from agent.model import Address, Facts, Family, Fwmark, Lookup, Policy, Prefix, Rule
+from agent.model import Address, Facts, Family, Fwmark, Kernel, Lookup, Policy, Prefix, Rule
 from agent.proof import Ask, Explanation, Loaded, Packet, arrival, decide, explain, route_of
 from tests.unit.values import (
     DEFAULTS,
@@ -65,6 +65,24 @@ def said(explanation: Explanation, what: str) -> list[str]:
 
 
 # --- whose it is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "dropped"),
+    [
+        pytest.param(packet("192.0.2.130", "198.51.100.10", "lan"), True, id="own-source"),
+        pytest.param(packet("192.0.2.130", "198.51.100.10"), False, id="its-own-packet"),
+        pytest.param(packet("10.9.0.5", "198.51.100.10", "lan"), False, id="a-member"),
+        pytest.param(packet("2001:db8:4::130", "2001:db8:99::1", "lan"), False, id="ipv6"),
+    ],
+)
+def test_who_claims_to_be_this_host(sent: Packet, dropped: bool) -> None:
+    """With drop_own_sources a packet that arrives in this host's own name goes no further, and without it nothing says
+    so.
+    """
+    dropping = desire(policy(INSIDE, OUTSIDE, kernel=Kernel(drop_own_sources=True)), GATEWAY)
+    assert any("drop_own_sources" in words for words in said(explained(sent, dropping), "dropped")) == dropped
+    assert said(explained(sent), "dropped") == []
 
 
 @pytest.mark.parametrize(
