@@ -42,6 +42,8 @@ PLACES, LEAVING = 32, 32
 PATIENCE, FAREWELL = 10.0, 1.0
 #: Bytes of a request, and what is read of a refused one besides.
 LONGEST, DISCARDED = 8192, 65536
+#: Of zlib's levels the first: the ninth takes five times as long, 25 ms of 13,000 samples, for an eighth less bytes.
+LEVEL = 1
 UNIX = "unix:"
 #: Group members may scrape through a Unix socket.
 MODE = 0o660
@@ -238,7 +240,7 @@ class Exposition:
             source = self._registry.restricted_registry(names) if names else self._registry
             body = self._lines.text(source, encoder, content_type)
             if gzip_accepted(encoding):
-                body = gzip.compress(body)
+                body = gzip.compress(body, LEVEL)
                 headers.append(("Content-Encoding", "gzip"))
         except Exception:
             # Ours or the library's mistake; the thread would end, and the scraper not hear of it.

@@ -126,9 +126,7 @@ class Keeper:
 
     def _report(self, taken: Sequence[Step], desired: Desired, *, moved: bool) -> None:
         """Tell what was done: for the host moves on, or because somebody had undone it."""
-        weather = {"route", "sysctl"} if moved else set()
-        undone = [step for step in taken if desired == self._settled and kind(step) not in weather]
-        followed = [step for step in taken if step not in undone]
+        undone, followed = told_apart(taken, as_before=desired == self._settled, moved=moved)
         if followed:
             self._chronicle.followed(followed, at_first=self._settled is None)
         if undone:
@@ -144,6 +142,19 @@ class Keeper:
                     self._log.error("identity %s has another road, and its connections go on: %s", name, error)
                 else:
                     self._log.info("identity %s has another road: %d of its connections are forgotten", name, count)
+
+
+def told_apart(taken: Sequence[Step], *, as_before: bool, moved: bool) -> tuple[list[Step], list[Step]]:
+    """Steps of a pass that put right what somebody had undone, and those that follow the host.
+
+    `as_before`: the same is wanted as at the last pass. `moved`: links or addresses did, and routes and sysctls with
+    them.
+    """
+    weather = {"route", "sysctl"} if moved else set()
+    undone, followed = list[Step](), list[Step]()
+    for step in taken:
+        (undone if as_before and kind(step) not in weather else followed).append(step)
+    return undone, followed
 
 
 def _due(steps: Sequence[Step], waits: dict[int, float]) -> Iterator[Step]:

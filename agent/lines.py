@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from operator import attrgetter, is_
 from typing import NamedTuple
 
@@ -19,7 +19,12 @@ from prometheus_client.utils import floatToGoString
 Encoder = Callable[[Collector], bytes]
 
 _labels, _value = attrgetter("labels"), attrgetter("value")
-_number = lru_cache(maxsize=1 << 16)(floatToGoString)
+
+
+@lru_cache(maxsize=1 << 16)
+def _end(value: float) -> str:
+    """What stands behind a line's head."""
+    return f" {floatToGoString(value)}\n"  # type: ignore[no-untyped-call]
 
 
 class _Written(NamedTuple):
@@ -35,9 +40,8 @@ class _Written(NamedTuple):
 
     def text(self, family: Metric) -> bytes:
         """The family with the values that it has now."""
-        values = map(_number, map(_value, family.samples))
-        lines = [f"{head} {value}\n" for head, value in zip(self.heads, values, strict=True)]
-        return (self.comments + "".join(lines)).encode()
+        ends = map(_end, map(_value, family.samples))
+        return "".join((self.comments, *chain.from_iterable(zip(self.heads, ends, strict=True)))).encode()
 
     @classmethod
     def of(cls, family: Metric, text: bytes) -> _Written | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -43,6 +44,20 @@ class Kept:
 
 
 Labels = dict[str, str]
+Asked = TypeVar("Asked")
+
+
+class Rows(Generic[Asked]):
+    """The samples of a family without their values: labels, and by what each value is found in a reading."""
+
+    def __init__(self) -> None:
+        self.labels: list[Labels] = []
+        self.asked: list[Asked] = []
+
+    def add(self, labels: Labels, asked: Asked) -> None:
+        """One sample more."""
+        self.labels.append(labels)
+        self.asked.append(asked)
 
 
 class Roster:
@@ -57,13 +72,14 @@ class Roster:
         self.questions = lookups.questions(desired)
         self.links = {standing.identity.link for standing in self.standings}
         self.info: list[Labels] = []
-        self.up: list[tuple[Labels, str]] = []
-        self.probed: list[tuple[Labels, str]] = []
-        self.roads: list[tuple[Labels, tuple[str, Family]]] = []
-        #: By the kind of what is counted: labels, and the counter's name.
-        self.moved: list[tuple[Labels, str]] = []
-        self.misrouted: list[tuple[Labels, str]] = []
-        self.diverted: list[tuple[Labels, str]] = []
+        #: By the link.
+        self.up = Rows[str]()
+        #: By the identity's name.
+        self.probed = Rows[str]()
+        #: By the identity's name and the family.
+        self.roads = Rows[tuple[str, Family]]()
+        #: By the counter's name.
+        self.moved, self.misrouted, self.diverted = Rows[str](), Rows[str](), Rows[str]()
         for standing in self.standings:
             self._enter(standing)
         self.counters = frozenset(
@@ -78,20 +94,18 @@ class Roster:
         self.info.append(
             {**labels, "link": identity.link, "fwmark": str(identity.fwmark), "table": str(identity.table)}
         )
-        self.up.append((labels, identity.link))
+        self.up.add(labels, identity.link)
         if identity.probe:
-            self.probed.append((labels, identity.name))
+            self.probed.add(labels, identity.name)
         for family in standing.families:
             by_family = {**labels, "family": family.value}
-            self.roads.append((by_family, (identity.name, family)))
+            self.roads.add(by_family, (identity.name, family))
             for direction in ("transmit", "receive"):
-                self.moved.append(
-                    ({**by_family, "direction": direction}, counter_name(identity.name, family, direction))
-                )
+                self.moved.add({**by_family, "direction": direction}, counter_name(identity.name, family, direction))
             for action in ("dropped", "passed"):
                 counter = counter_name(identity.name, family, f"misrouted-{action}")
-                self.misrouted.append(({**by_family, "action": action}, counter))
-            self.diverted.append((by_family, counter_name(identity.name, family, "diverted")))
+                self.misrouted.add({**by_family, "action": action}, counter)
+            self.diverted.add(by_family, counter_name(identity.name, family, "diverted"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +279,9 @@ class Metrics:
         missing = sorted(roster.counters - found.keys())
         if missing:
             raise KernelError(f"read the counters of nft table inet {name}", f"there is no {missing[0]}")
-        counts = self._carry.totals({counter: count for counter, count in found.items() if counter in roster.counters})
+        if len(found) > len(roster.counters):  # somebody has others there
+            found = {counter: found[counter] for counter in roster.counters}
+        counts = self._carry.totals(found)
         if self._carry.changed:
             self._save()
         with Rtnl() as rtnl:
@@ -373,18 +389,18 @@ class Families:
 
     def identities(self, roster: Roster, reading: Reading, down: Mapping[str, str]) -> None:
         """What the kernel said of every identity."""
-        _fill(self.info, "_info", [(labels, 1) for labels in roster.info])
-        _fill(self.link_up, "", [(labels, reading.up[link]) for labels, link in roster.up])
-        _fill(self.probe_success, "", [(labels, name not in down) for labels, name in roster.probed])
-        _fill(self.route_ok, "", [(labels, reading.route_ok[road]) for labels, road in roster.roads])
-        for packets, data, entries in (
+        _fill(self.info, "_info", roster.info, repeat(1))
+        _fill(self.link_up, "", roster.up.labels, map(reading.up.__getitem__, roster.up.asked))
+        _fill(self.probe_success, "", roster.probed.labels, (name not in down for name in roster.probed.asked))
+        _fill(self.route_ok, "", roster.roads.labels, map(reading.route_ok.__getitem__, roster.roads.asked))
+        for packets, data, rows in (
             (self.packets, self.bytes, roster.moved),
             (self.misrouted_packets, self.misrouted_bytes, roster.misrouted),
             (self.diverted_packets, self.diverted_bytes, roster.diverted),
         ):
-            counts = [(labels, reading.counts[counter]) for labels, counter in entries]
-            _fill(packets, "_total", [(labels, count.packets) for labels, count in counts])
-            _fill(data, "_total", [(labels, count.bytes) for labels, count in counts])
+            counts = [reading.counts[counter] for counter in rows.asked]
+            _fill(packets, "_total", rows.labels, [count.packets for count in counts])
+            _fill(data, "_total", rows.labels, [count.bytes for count in counts])
 
     def martians(self, packets: int | None) -> None:
         """The machine's count, where the kernel has one."""
@@ -397,7 +413,6 @@ class Families:
         self.scrape_duration.add_metric([], seconds)
 
 
-def _fill(family: Metric, suffix: str, samples: Sequence[tuple[Labels, float]]) -> None:
+def _fill(family: Metric, suffix: str, labels: Iterable[Labels], values: Iterable[float]) -> None:
     """Give a family its samples, as add_metric() would one by one."""
-    name = family.name + suffix
-    family.samples = [Sample(name, labels, value) for labels, value in samples]
+    family.samples = [*map(Sample, repeat(family.name + suffix), labels, values)]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
+from agent.kernel.counters import NFT_OBJECT_COUNTER, counts
 from agent.kernel.elements import VERDICTS, unpack
 from agent.kernel.known import Known
 from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
@@ -47,9 +48,6 @@ ELEMENT_KEY, ELEMENT_DATA, ELEMENT_FLAGS, ELEMENT_OBJECT = 1, 2, 3, 9
 NFT_SET_ELEM_INTERVAL_END = 0x1
 DATA_VALUE, DATA_VERDICT = 1, 2
 VERDICT_CODE, VERDICT_CHAIN = 1, 2
-OBJECT_NAME, OBJECT_TYPE, OBJECT_DATA, OBJECT_HANDLE = 2, 3, 4, 6
-NFT_OBJECT_COUNTER = 1
-COUNTER_BYTES, COUNTER_PACKETS = 1, 2
 NFT_DATA_VERDICT = 0xFFFFFF00
 GEN_ID = 1
 
@@ -147,17 +145,10 @@ class Nfnl:
         away and somebody put back is told from what was there before by both numbers, and `Count.handle` holds both.
         """
         doing = f"read the counters of nft table inet {name}"
+        body = NFGENMSG + attribute(OF_TABLE, f"{name}\0".encode())
         for _ in range(ATTEMPTS):
             before = self._table_handle(name)
-            found = {}
-            for item in self._dump(doing, GETOBJ, name):
-                if number(item[OBJECT_TYPE]) == NFT_OBJECT_COUNTER:
-                    values = attributes(item[OBJECT_DATA])
-                    found[text(item[OBJECT_NAME])] = Count(
-                        packets=number(values[COUNTER_PACKETS]),
-                        bytes=number(values[COUNTER_BYTES]),
-                        handle=before << 64 | number(item[OBJECT_HANDLE]),
-                    )
+            found = counts(self._netlink.dump(doing, NFNL_SUBSYS_NFTABLES << 8 | GETOBJ, body), name, before)
             if self._table_handle(name) == before:
                 return found
         raise KernelError(doing, f"somebody changed it while it was read, {ATTEMPTS} times")

@@ -1,0 +1,33 @@
+"""What the steps of a pass say of what has happened before it."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.keeper import told_apart
+from agent.model import Family, Rule
+from agent.plan import AddRoute, AddRule, Load, SetSrcValidMark, Step
+from tests.unit import values
+
+ROUTE = AddRoute(values.last_route(Family.IPV4, 4001))
+RULE = AddRule(Rule(Family.IPV4, 4001, 4001))
+SYSCTL = SetSrcValidMark("wan", on=True)
+TABLE = Load("idmark", ("add counter inet idmark a",))
+ALL: list[Step] = [ROUTE, RULE, SYSCTL, TABLE]
+
+
+@pytest.mark.parametrize(
+    ("as_before", "moved", "undone"),
+    [
+        pytest.param(True, False, ALL, id="nothing-has-moved"),
+        pytest.param(True, True, [RULE, TABLE], id="links-have-moved"),
+        pytest.param(False, False, [], id="something-else-is-wanted"),
+        pytest.param(False, True, [], id="both"),
+    ],
+)
+def test_told_apart(as_before: bool, moved: bool, undone: list[Step]) -> None:
+    """Somebody has undone what is wanted as it was before, but links take routes and sysctls along; all other steps
+    follow the host, and each step is one or the other.
+    """
+    followed = [step for step in ALL if step not in undone]
+    assert told_apart(ALL, as_before=as_before, moved=moved) == (undone, followed)
