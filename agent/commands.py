@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
 
-#: Above this many deletions a map is flushed and filled again: nft looks for each element from the start.
-FEW = 64
+#: A set with no more elements than these is flushed and filled again when one of them goes; a larger one when more
+#: than `FEW` go, for nft looks for each from the start. Both in one transaction: no packet finds it empty.
+SMALL, FEW = 4096, 64
 
 
 def render(wanted: Table, header: Iterable[str] = ()) -> str:
@@ -116,9 +117,10 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
         if chain.name not in fitting_chains:
             commands.append(f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}")
     for nft_set in wanted.sets:
-        if nft_set.name not in fitting_sets:
-            commands.append(declaration(name, nft_set))
-        commands += element_changes(name, nft_set, fitting_sets.get(nft_set.name))
+        if nft_set.name in fitting_sets:
+            commands += element_changes(name, nft_set, fitting_sets[nft_set.name])
+        else:
+            commands.append(declaration(name, nft_set, nft_set.elements))
     if rules_anew:
         commands += [f"add rule inet {name} {c.name} {rule_line(rule)}" for c in wanted.chains for rule in c.rules]
     # Last, for elements may have pointed there.
@@ -127,9 +129,14 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
     return tuple(commands)
 
 
-def declaration(name: str, nft_set: NftSet) -> str:
-    """The command that makes a set, with nothing in it."""
-    return f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)} }}"
+def declaration(name: str, nft_set: NftSet, elements: Sequence[tuple[str, str]] = ()) -> str:
+    """The command that makes a set; in one that is there it puts these elements, too.
+
+    For `add element` and `delete element` libnftables reads every interval set of the host first, whosever it is (its
+    src/cache.c, evaluate_cache_add() and evaluate_cache_del()), which may take seconds; for this it reads none.
+    """
+    words = f" elements = {{ {', '.join(_words(elements))} }};" if elements else ""
+    return f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)}{words} }}"
 
 
 def _rules_differ(wanted: Table, present: dict[str, Chain]) -> bool:
@@ -161,17 +168,25 @@ def difference(wanted: NftSet, present: NftSet | None) -> ElementChange:
 
 
 def element_changes(name: str, wanted: NftSet, present: NftSet | None) -> Iterator[str]:
-    """Commands for the elements of one set that differ. An element with a new value is deleted first."""
+    """Commands for the elements of one set that differ. An element with a new value goes first."""
     change = difference(wanted, present)
-    if len(change.gone) > FEW:
+    new = change.new
+    if len(change.gone) > FEW or (change.gone and len(wanted.elements) <= SMALL):
         yield f"flush {wanted.keyword} inet {name} {wanted.name}"
-        change = ElementChange(wanted.name, wanted.key, (), wanted.elements)
-    yield from change_commands(name, change)
+        new = wanted.elements
+    elif change.gone:
+        yield _deletion(name, change)
+    if new:
+        yield declaration(name, wanted, new)
 
 
 def change_commands(name: str, change: ElementChange) -> Iterator[str]:
-    """A change of elements as nft's commands."""
+    """A change of elements in nft's words, for people: it is made by netlink."""
     if change.gone:
-        yield f"delete element inet {name} {change.set} {{ {', '.join(key for key, _ in change.gone)} }}"
+        yield _deletion(name, change)
     if change.new:
         yield f"add element inet {name} {change.set} {{ {', '.join(_words(change.new))} }}"
+
+
+def _deletion(name: str, change: ElementChange) -> str:
+    return f"delete element inet {name} {change.set} {{ {', '.join(key for key, _ in change.gone)} }}"

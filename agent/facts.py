@@ -6,13 +6,14 @@ import json
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError
 from agent.kernel import modules
 from agent.kernel.nfnl import Nfnl
-from agent.kernel.rtnl import CONNECTED, Rtnl
+from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls, index_of
 from agent.model import Facts, Family, Link, Policy, Prefix, Route
 
@@ -29,22 +30,24 @@ def take(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> Facts:
 
     Raises KernelError.
     """
+    return take_with_ours(policy, rtnl, nfnl, sysctls)[0]
+
+
+def take_with_ours(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> tuple[Facts, frozenset[Route]]:
+    """The same, and the routes of our protocol number: one walk through all routes shows both. Raises KernelError."""
     own = {identity.link for identity in policy.identities}
     links = _links(own, rtnl, sysctls)
     there = {link.name for link in links}
-    routes: set[Route] = set()
-    for family in Family:
-        for link in own & there:
-            routes.update(rtnl.main_routes(family, link=link, near=True))
-        if policy.downstream is None:
-            for protocol in CONNECTED[family]:
-                routes.update(rtnl.main_routes(family, protocol=protocol))
-        else:
-            for link in there & set(policy.downstream):
-                routes.update(rtnl.main_routes(family, link=link))
+    survey = rtnl.survey()
+    routes = {route for route in survey.near if any(hop.link in own & there for hop in route.hops)}
+    if policy.downstream is None:
+        routes.update(survey.connected)
+    else:
+        for family, link in product(Family, there & set(policy.downstream)):
+            routes.update(rtnl.main_routes(family, link))
     kernel = policy.kernel
     nat = kernel.nat is None and (nfnl.translates(kernel.nft_table) or modules.may_translate())
-    return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))), nat)
+    return Facts(links, tuple(sorted(routes, key=lambda route: (route.key, str(route)))), nat), survey.ours
 
 
 def _links(own: Collection[str], rtnl: Rtnl, sysctls: Sysctls) -> tuple[Link, ...]:

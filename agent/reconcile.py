@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
-from agent.model import Facts, Policy, Prefix
+from agent.model import Facts, Policy, Prefix, Route
 from agent.plan import (
     AddRoute,
     AddRule,
@@ -92,23 +92,30 @@ def look(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> Loo
 
     What the policy gets wrong about this host is in `desired.faults`; the identities concerned are closed in it.
     """
-    facts = host.take(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)
+    facts, ours = host.take_with_ours(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)
     desired = desire(policy, facts, down)
-    tables = [identity.table for identity in policy.identities]
-    observed = observe(kernel, policy.kernel.nft_table, facts, tables)
+    foreign = tuple(route for each in policy.identities for route in kernel.rtnl.foreign_routes(each.table))
+    observed = _observed(kernel, policy.kernel.nft_table, facts, ours, foreign)
     return Look(facts, desired, observed, plan(desired, observed))
 
 
-def observe(kernel: Seams, table: str, facts: Facts, routing_tables: Iterable[int] = ()) -> Observed:
-    """What the kernel has that is ours, and what others have put into our routing tables. Raises KernelError."""
+def observe(kernel: Seams, table: str, facts: Facts) -> Observed:
+    """What the kernel has that is ours. Raises KernelError."""
+    return _observed(kernel, table, facts, kernel.rtnl.our_routes())
+
+
+def _observed(
+    kernel: Seams, table: str, facts: Facts, routes: frozenset[Route], foreign: tuple[Route, ...] = ()
+) -> Observed:
+    """The same, where routes are known: ours, and those that others have put into our routing tables."""
     return Observed(
-        routes=kernel.rtnl.our_routes(),
+        routes=routes,
         rules=kernel.rtnl.our_rules(),
         table=kernel.nfnl.table(table),
         other_tables=tuple(name for name in _idmark_tables(kernel) if name != table and _is_ours(kernel, name)),
         src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
         src_valid_mark_ours=kernel.sysctls.ours(),
-        foreign_routes=tuple(route for number in routing_tables for route in kernel.rtnl.foreign_routes(number)),
+        foreign_routes=foreign,
         addresses=frozenset(Prefix.host(item.address) for link in facts.links for item in link.addresses),
     )
 

@@ -76,7 +76,8 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
         if isinstance(nft_set.elements, Addresses)
         and ((change := commands.difference(nft_set, there[nft_set.name])).gone or change.new)
     ]
-    if sum(len(change.gone) + len(change.new) for _, change in heavy) > BULK:
+    # A set is flushed and filled again when something of it goes.
+    if sum(len(s.elements) + len(there[s.name].elements) if c.gone else len(c.new) for s, c in heavy) > BULK:
         yield from _by_differences(wanted, present, heavy, rules_anew=rules_anew)
         return
     # What stays changes with the rules: before them it may hide what they don't ask yet, or be said of marks that are

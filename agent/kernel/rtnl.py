@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import struct
 import sys
@@ -51,9 +52,9 @@ RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETRULE = 18, 22, 26, 34
 #: fib_rule_hdr: see `_Routing`; rtnexthop: size, flags, weight less one, index (linux/rtnetlink.h, linux/if_addr.h).
 IFINFOMSG, IFADDRMSG, RTMSG = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=BBBBBBBBI")
 RTNEXTHOP = struct.Struct("=HBBi")
-#: Offsets of the destination's length, the protocol, the scope, the type and the attributes from a route message's
-#: start (linux/netlink.h, linux/rtnetlink.h).
-RTM_DST_LEN, RTM_PROTOCOL, RTM_SCOPE, RTM_TYPE, RTM_ATTRIBUTES = 17, 21, 22, 23, 28
+#: Offsets of the destination's length, the table, the protocol, the scope, the type and the attributes from a route
+#: message's start (linux/netlink.h, linux/rtnetlink.h). A table above 255 has another number there.
+RTM_DST_LEN, RTM_TABLE, RTM_PROTOCOL, RTM_SCOPE, RTM_TYPE, RTM_ATTRIBUTES = 17, 20, 21, 22, 23, 28
 #: Attributes of addresses, links, routes and rules (linux/if_addr.h, if_link.h, rtnetlink.h, fib_rules.h).
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFLA_IFNAME, IFLA_MTU, IFLA_EXT_MASK = 3, 4, 29
@@ -140,6 +141,18 @@ class _Routing(NamedTuple):
         return self.number(RTA_TABLE) or self.table  # FRA_TABLE is the same number
 
 
+class Survey(NamedTuple):
+    """What a walk through the routes of all tables shows.
+
+    `near` are routes of main that are defaults, or lead straight onto a link; `connected` those of main that have the
+    protocols of connected networks; `ours` those of our protocol number, whatever the table.
+    """
+
+    near: tuple[Route, ...]
+    connected: tuple[Route, ...]
+    ours: frozenset[Route]
+
+
 class Rtnl:
     """A conversation with rtnetlink in the namespace of the thread that opened it. Every method raises KernelError."""
 
@@ -211,61 +224,67 @@ class Rtnl:
         flags: int = IFINFOMSG.unpack_from(answer)[3]
         return flags & (IFF_UP | IFF_LOWER_UP) == IFF_UP | IFF_LOWER_UP
 
-    def main_routes(
-        self, family: Family, *, link: str | None = None, protocol: int = 0, near: bool = False
-    ) -> tuple[Route, ...]:
-        """Unicast routes of table main, by one link or by all, of one protocol or of all; none by a link that is gone.
+    def survey(self) -> Survey:
+        """All that a look needs of tables which may be long, main before all.
 
-        The kernel filters by table, link and protocol (kernel-side only since Linux 4.20, NETLINK_GET_STRICT_CHK).
-        With `near` only defaults and what leads straight onto the link; the others are passed over before they are
-        decoded, for to decode a full BGP table takes seconds. Of the routes that routers advertise, those are left out
-        that the kernel doesn't use: whose time is over, or beside which a router that is preferred has one.
+        Whatever is asked, the kernel walks through all routes that there are, 50,000 of them in some milliseconds: so
+        it is asked once for each family. What leads through a gateway is passed over before it is decoded, for to
+        decode a full BGP table takes seconds.
         """
-        index = _index_of(link) if link else 0
+        near, connected, ours = list[_Routing](), list[_Routing](), list[_Routing]()
+        for family in Family:
+            found = self._dump_routes(family, _is_kept, _PASSED)
+            ours += map(_Routing.of, (data for data in found if not _is_foreign(data, 0)))
+            main = [data for data in found if data[RTM_TABLE] == TABLE_MAIN]
+            near += _used(data for data in main if _NEAR[family](data, 0))
+            for protocol in CONNECTED[family]:
+                connected += _used(data for data in main if data[RTM_PROTOCOL] == protocol)
+        return Survey(
+            tuple(map(self._to_route, near)),
+            tuple(map(self._to_route, connected)),
+            frozenset(map(self._to_route, ours)),
+        )
+
+    def main_routes(self, family: Family, link: str) -> tuple[Route, ...]:
+        """The unicast routes of table main by one link, which the kernel filters; none by a link that is gone."""
+        index = _index_of(link)
         if index is None:
             return ()
-        wanted = _NEAR[family] if near else None
-        messages = self._dump_routes(family, table=TABLE_MAIN, link=index, protocol=protocol, wanted=wanted)
         try:
-            found = [
-                message
-                for message in messages
-                if message.kind == RTN_UNICAST and message.protocol != PROTOCOL and not _is_expired(message)
-            ]
+            found = self._dump_routes(family, table=TABLE_MAIN, link=index)
         except KernelError:
             # The kernel knows no filter by a link that went just now.
-            if link and _index_of(link) != index:
+            if _index_of(link) != index:
                 return ()
             raise
-        best: dict[object, int] = {}
-        for message in found:
-            best[_rivals(message)] = max(_preference(message), best.get(_rivals(message), -1))
-        return tuple(self._to_route(message) for message in found if _preference(message) == best[_rivals(message)])
+        return tuple(map(self._to_route, _used(found)))
 
     def our_routes(self) -> frozenset[Route]:
         """The routes of our protocol number, whatever the table."""
         return frozenset(
-            self._to_route(message) for family in Family for message in self._dump_routes(family, protocol=PROTOCOL)
+            self._to_route(_Routing.of(data))
+            for family in Family
+            for data in self._dump_routes(family, protocol=PROTOCOL)
         )
 
     def foreign_routes(self, table: int) -> tuple[Route, ...]:
         """The routes of one table that are not of our protocol number."""
         return tuple(
-            self._to_route(message)
+            self._to_route(_Routing.of(data))
             for family in Family
-            for message in self._dump_routes(family, table=table, wanted=_is_foreign)
+            for data in self._dump_routes(family, _is_foreign, table=table)
         )
 
     def is_empty(self, table: int) -> bool:
         """Whether a table has no route at all, in no family; those that are there are not decoded."""
-        return not any(True for family in Family for _ in self._dump_routes(family, table=table))
+        return not any(self._dump_routes(family, table=table) for family in Family)
 
     def local_addresses(self) -> frozenset[Address]:
         """The addresses that are this host's own by routes of table local."""
         return frozenset(
-            ip_address(message.attributes[RTA_DST])
+            ip_address(_Routing.of(data).attributes[RTA_DST])
             for family in Family
-            for message in self._dump_routes(family, table=TABLE_LOCAL, wanted=_IS_OWN[family])
+            for data in self._dump_routes(family, _IS_OWN[family], table=TABLE_LOCAL)
         )
 
     def rules(self) -> tuple[tuple[Rule, bool], ...]:
@@ -475,13 +494,14 @@ class Rtnl:
     def _dump_routes(
         self,
         family: Family,
+        wanted: Wanted | None = None,
+        over: bytes = b"",
         *,
         table: int = 0,
         link: int = 0,
         protocol: int = 0,
-        wanted: Wanted | None = None,
-    ) -> Iterator[_Routing]:
-        """Routes of a dump that the kernel filters by table, link and protocol.
+    ) -> list[bytes]:
+        """The messages of a dump that the kernel filters by table, link and protocol (NETLINK_GET_STRICT_CHK).
 
         pyroute2's own dumps don't let it (4 s with 50,000 foreign routes where this takes 1 ms), and take one for whole
         that a change interrupted.
@@ -489,7 +509,7 @@ class Rtnl:
         body = RTMSG.pack(family.number, 0, 0, 0, 0, protocol, 0, 0, 0)
         for kind, value in ((RTA_TABLE, table), (RTA_OIF, link)):
             body += attribute(kind, value.to_bytes(4, sys.byteorder)) if value else b""
-        return map(_Routing.of, self._dumps.dump(f"list {family} routes", RTM_GETROUTE, body, wanted))
+        return self._dumps.dump(f"list {family} routes", RTM_GETROUTE, body, wanted, over)
 
     def _dump_rules(self) -> Iterator[bytes]:
         for family in Family:
@@ -508,6 +528,21 @@ def _index_of(link: str) -> int | None:
         return socket.if_nametoindex(link)
     except OSError:
         return None
+
+
+def _used(messages: Iterable[bytes]) -> list[_Routing]:
+    """Other people's unicast routes. Of those that routers advertise, without what the kernel doesn't use: whose time
+    is over, or beside which a router that is preferred has one.
+    """
+    found = [
+        message
+        for message in map(_Routing.of, messages)
+        if message.kind == RTN_UNICAST and message.protocol != PROTOCOL and not _is_expired(message)
+    ]
+    best: dict[object, int] = {}
+    for message in found:
+        best[_rivals(message)] = max(_preference(message), best.get(_rivals(message), -1))
+    return [message for message in found if _preference(message) == best[_rivals(message)]]
 
 
 def _is_expired(message: _Routing) -> bool:
@@ -580,6 +615,18 @@ def _is_own(family: Family) -> Wanted:
 
 _IS_OWN = {family: _is_own(family) for family in Family}
 _NEAR: dict[Family, Wanted] = {Family.IPV4: _near_ipv4, Family.IPV6: _near_ipv6}
+#: Routes with these protocols are ours, or may be near, or connected.
+_PROTOCOLS = bytes(sorted({*HOUSEHOLD, PROTOCOL}))
+#: How an rtmsg begins that is none of that: no default, of another protocol, and of another scope than `link`.
+_PASSED = rb".[^\0].{3}[^%b][^%c]" % (re.escape(_PROTOCOLS), RT_SCOPE_LINK)
+
+
+def _is_kept(data: bytes, offset: int) -> bool:
+    return (
+        not data[offset + RTM_DST_LEN]
+        or data[offset + RTM_PROTOCOL] in _PROTOCOLS
+        or data[offset + RTM_SCOPE] == RT_SCOPE_LINK
+    )
 
 
 def _is_our_rule(data: bytes) -> bool:

@@ -209,6 +209,45 @@ def test_n10_only_changes_are_announced(netns: Host, words: list[str], announced
         assert bool(events.kinds()) is announced
 
 
+def reads_elements(output: str, table: str) -> bool:
+    """Whether libnftables, which prints its messages, asked for elements of a table with a name of four letters."""
+    getsetelem, name = 10 << 8 | 13, table.encode().hex(" ")
+    messages = output.split("message length")[1:]
+    return any(f"| {getsetelem:05} |" in message and f"| {name}  |" in message for message in messages)
+
+
+DECLARED = "add map inet t m { type ipv4_addr : mark; elements = { 192.0.2.2 : 2 }; }"
+
+
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        pytest.param("add element inet t m { 192.0.2.2 : 2 }", True, id="add-element"),
+        pytest.param("delete element inet t m { 192.0.2.1 }", True, id="delete-element"),
+        pytest.param(DECLARED, False, id="declare-with-elements"),
+        pytest.param(f"flush map inet t m\n{DECLARED}", False, id="flush-and-declare"),
+        pytest.param(DECLARED.replace("mark;", "mark; flags interval;").replace(" m ", " n "), False, id="intervals"),
+        pytest.param(
+            "table inet t {\nmap m {\ntype ipv4_addr : mark\nelements = { 192.0.2.2 : 2 }\n}\n}", False, id="block"
+        ),
+        pytest.param("add rule inet t c ip saddr @m accept", False, id="add-rule"),
+        pytest.param("flush table inet t\ndelete map inet t m", False, id="delete-map"),
+        pytest.param("list table inet t", False, id="list-table"),
+    ],
+)
+def test_n13_only_commands_on_elements_read_the_sets_of_others(
+    netns: Host, nftables: ModuleType, text: str, reads: bool
+) -> None:
+    """libnftables reads every interval set of the host for `add element` and `delete element`, and for nothing else."""
+    netns.nft("table inet zzzz { map m { type ipv4_addr : mark; flags interval; elements = { 10.0.0.0/8 : 1 }; }; }")
+    netns.nft("table inet t { map m { type ipv4_addr : mark; elements = { 192.0.2.1 : 1 }; }; chain c { }; }")
+    context = nftables.Nftables()
+    context.set_debug("mnl")
+    code, output, error = context.cmd(text)
+    assert (code, error) == (0, "")
+    assert reads_elements(output, "zzzz") is reads
+
+
 def test_n11_object_maps_count_by_mark_and_link(gateway: Gateway) -> None:
     """A map from mark and link to counters counts what matches, heeds only our bits, and lets every packet go on."""
     gw = gateway.gw
@@ -313,12 +352,14 @@ MARKING = """
 """
 ELEMENTS = ", ".join(["127.0.0.0/24 : goto id-inside"] + [f"10.{n >> 8}.{n & 255}.0/24 : accept" for n in range(1000)])
 FILL = f"add element inet t source4 {{ {ELEMENTS} }}\n"
+DECLARE = f"add map inet t source4 {{ type ipv4_addr : verdict; flags interval; elements = {{ {ELEMENTS} }}; }}\n"
 
 
 @pytest.mark.parametrize(
     "text",
     [
         pytest.param("flush map inet t source4\n" + FILL, id="flush-map-and-fill"),
+        pytest.param(f"flush map inet t source4\n{DECLARE}", id="flush-map-and-declare"),
         pytest.param(MARKING, id="flush-table-and-rules"),
         pytest.param(MARKING + "flush map inet t source4\n" + FILL, id="everything"),
     ],

@@ -208,7 +208,8 @@ def test_a_link_that_went_meanwhile(admin: Admin) -> None:
     with reconcile.opened() as kernel:
         assert "vpn0" in {link.name for link in kernel.rtnl.links()}
         admin.host.ip("link", "delete", "vpn0")
-        assert kernel.rtnl.main_routes(Family.IPV4, link="vpn0", near=True) == ()
+        assert kernel.rtnl.main_routes(Family.IPV4, "vpn0") == ()
+        assert "vpn0" not in {hop.link for route in kernel.rtnl.survey().near for hop in route.hops}
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from agent import facts, reconcile, render
 from agent.desired import desire
+from agent.kernel import nft
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
 from agent.model import Count, Family, Route
@@ -18,6 +19,7 @@ from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
 from tests.kernel.net import CORP, INSIDE, ISP, OUTSIDE, WILD, Host
 from tests.kernel.test_facts_marking import both_families
+from tests.kernel.test_facts_nft import reads_elements
 
 POLICY = policy_text({"members": MEMBERS})
 
@@ -268,18 +270,17 @@ def test_a_tentative_address(admin: Admin) -> None:
 
 
 class Counting(Rtnl):
-    """Counts the routes of main that it decodes."""
+    """Counts the routes that it makes values of."""
 
     decoded = 0
 
-    def main_routes(self, *arguments: Any, **filters: Any) -> tuple[Route, ...]:
-        found = super().main_routes(*arguments, **filters)
-        self.decoded += len(found)
-        return found
+    def _to_route(self, message: Any) -> Route:
+        self.decoded += 1
+        return super()._to_route(message)
 
 
 def test_a_full_table_in_main_is_not_read(admin: Admin) -> None:
-    """With 50,000 routes of a routing daemon in main, a look decodes those of the household and no more."""
+    """With 50,000 routes of a routing daemon in main, a look decodes the others and no more."""
     texts = (POLICY, policy_text({"members": MEMBERS}, downstream=["lan"]))
     admin.apply(POLICY)
     decoded = {}
@@ -293,7 +294,44 @@ def test_a_full_table_in_main_is_not_read(admin: Admin) -> None:
                 decoded[foreign, text] = counting.decoded
         assert admin.plan(POLICY).text == ""
     for text in texts:
-        assert decoded[50_000, text] == decoded[0, text] < 20
+        assert decoded[50_000, text] == decoded[0, text] < 100
+
+
+def foreign_routes(family: Family, number: int) -> str:
+    """A route of others by wan, each kind now and then among many through a gateway; of several lengths as messages."""
+    # Numbers: a name that stands where a number was ip(8) takes for that number.
+    address = f"100.{number >> 8}.{number & 255}.0/24" if family is Family.IPV4 else f"2001:db8:{number:x}::/48"
+    through = f"via {ISP[family]} dev wan"
+    # Without a gateway, and as long as a message as others with one; a routing daemon's only in IPv4.
+    direct = f"{address} dev wan proto {12 if family is Family.IPV4 else 4} metric 7"
+    kinds = {
+        0: direct,
+        1: f"{address} dev wan proto 73 table 77",
+        2: f"{address} {through} proto 12 table 254 metric {number + 7}",
+        3: f"blackhole {address} proto 12",
+        4: f"{address} {through} proto 2",
+        5: f"default {through} proto 12 metric {number + 7}",
+        6: f"{address} dev wan proto 12 table 78",
+        7: f"{address} {through} proto 73",
+    }
+    return f"route add {kinds.get(number % 97, f'{address} {through} proto 12')}"
+
+
+@pytest.mark.parametrize("family", [pytest.param(each, id=each) for each in Family])
+def test_a_survey_finds_what_lies_among_many(admin: Admin, family: Family) -> None:
+    """A survey passes over thousands of routes, and has all that questions about one link, or about ours, have."""
+    admin.host.ip_batch("\n".join(foreign_routes(family, number) for number in range(1, 5000)))
+    with Rtnl() as rtnl:
+        survey, by_wan = rtnl.survey(), rtnl.main_routes(family, "wan")
+        ours = rtnl.our_routes()
+    near = {route for route in by_wan if not route.destination.length or all(hop.via is None for hop in route.hops)}
+    assert len(by_wan) > 4000
+    assert len(near) > 100
+    assert {route for route in survey.near if route.family is family and route.hops[0].link == "wan"} == near
+    assert len(ours) > 100
+    assert survey.ours == ours
+    assert {route for route in by_wan if route not in near} & set(survey.connected)
+    assert {route for route in survey.connected if route.hops[0].link == "wan"} < {*by_wan, *survey.near}
 
 
 @dataclass
@@ -321,14 +359,53 @@ def test_somebody_else_commits_all_the_time(admin: Admin) -> None:
         assert plan.text == "+ nft add element inet idmark sources-ipv4-24 { 10.9.0.0 : goto id-inside }\n"
 
 
-def test_a_large_set_of_another_table_is_not_ours_to_read(admin: Admin) -> None:
-    """Beside a foreign interval map a look finds what it found before, and a change of ours leaves the map alone."""
-    admin.apply(POLICY)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What libnftables asks the kernel, for each of our commands; they get no listing."""
+    nftables = nft.binding()
+    original = nftables.Nftables.cmd
+    found: list[str] = []
+
+    def cmd(context: Any, text: str) -> tuple[int, str, str]:
+        context.set_debug("mnl")
+        code, output, error = original(context, text)
+        found.append(output)
+        return code, "", error
+
+    monkeypatch.setattr(nftables.Nftables, "cmd", cmd)
+    return found
+
+
+def spans(*lengths: int) -> list[str]:
+    """Members of so many lengths that they are in an interval map."""
+    return [f"10.{length}.0.0/{length}" for length in lengths]
+
+
+def test_the_sets_of_other_tables_are_not_read(admin: Admin, asked: list[str]) -> None:
+    """Beside a foreign interval map no plan of ours makes libnftables read an element of it, and it stays as it is."""
     elements = ", ".join(f"100.{n >> 8}.{n & 255}.0/24 : accept" for n in range(3000))
     admin.host.nft(
-        f"table inet other {{ map m {{ type ipv4_addr : verdict; flags interval; elements = {{ {elements} }}; }}; }}"
+        f"table inet zzzz {{ map m {{ type ipv4_addr : verdict; flags interval; elements = {{ {elements} }}; }}; }}"
     )
-    there = admin.host.run(["nft", "list", "table", "inet", "other"])
-    assert admin.plan(POLICY).text == ""
-    admin.apply(policy_text({"members": ["10.9.0.0/25"]}))
-    assert admin.host.run(["nft", "list", "table", "inet", "other"]) == there
+    there = admin.host.run(["nft", "list", "table", "inet", "zzzz"])
+    new = {"id": 3, "link": "vpn0", "addresses": ["192.0.2.131"], "next_hop": ["192.0.2.200"]}
+    (admin.directory / "many.txt").write_text("".join(f"10.{n >> 8}.{n & 255}.0/24\n" for n in range(5000)))
+    for text in (
+        POLICY,
+        policy_text({"members": MEMBERS}, new=new),
+        policy_text({"members": ["10.9.0.0/25"]}, new=new),
+        policy_text({"members": spans(*range(18, 30))}),
+        policy_text({"members": spans(*range(17, 29))}, new=new),
+        policy_text({"members": ["file:many.txt"]}),
+        policy_text({"members": ["file:many.txt", "10.9.0.7"]}, new=new),
+        policy_text({"members": MEMBERS}, kernel={"hook_priority": -140}),
+    ):
+        assert admin.apply(text).steps
+        assert admin.plan(text).text == ""
+    alteration = "add element inet idmark own-link { * }\nadd counter inet idmark strange"
+    admin.host.nft(alteration)
+    assert admin.apply(text).steps
+    assert admin.remove().steps
+    assert len(asked) > 10
+    assert not [output for output in asked if reads_elements(output, "zzzz")]
+    assert admin.host.run(["nft", "list", "table", "inet", "zzzz"]) == there

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import ruleset
-from agent.commands import FEW, difference, element_changes, render, transaction
+from agent.commands import FEW, SMALL, difference, element_changes, render, transaction
 from agent.desired import desire
 from agent.model import (
     Addresses,
@@ -115,19 +115,14 @@ def test_transaction_in_a_legal_order(wanted: Table, before: Table) -> None:
             case ("add", "chain" | "counter"):
                 there.add(rest[0])
             case ("add", "map" | "set"):
-                assert rest[0] not in held
-                held[rest[0]] = {}
+                there_already = held.setdefault(rest[0], {})
+                for key, target in _elements(command).items():
+                    assert key not in there_already
+                    assert target is None or target in there
+                    there_already[key] = target
             case ("delete", "map" | "set"):
                 assert not ruled
                 del held[rest[0]]
-            case ("delete", "element"):
-                for key in _elements(command):
-                    del held[rest[0]][key]
-            case ("add", "element"):
-                for key, target in _elements(command).items():
-                    assert key not in held[rest[0]]
-                    assert target is None or target in there
-                    held[rest[0]][key] = target
             case ("delete", "chain" | "counter"):
                 assert all(rest[0] not in items.values() for items in held.values())
                 there.remove(rest[0])
@@ -139,8 +134,9 @@ def test_transaction_in_a_legal_order(wanted: Table, before: Table) -> None:
 
 
 def _elements(command: str) -> dict[str, str | None]:
-    pairs = (item.partition(" : ") for item in command.partition(" { ")[2].removesuffix(" }").split(", "))
-    return {key: _target(value) for key, _, value in pairs}
+    """The elements in the declaration of a set, and where they lead."""
+    words = command.partition(" elements = { ")[2].removesuffix(" }; }")
+    return {key: _target(value) for key, _, value in (item.partition(" : ") for item in words.split(", ") if item)}
 
 
 def _target(value: str) -> str | None:
@@ -157,12 +153,16 @@ def without(table: Table, chain: str) -> Table:
     return replace(table, chains=tuple(item for item in table.chains if item.name != chain))
 
 
+DECLARED = "add map inet idmark sources-ipv4-32 { type ipv4_addr : verdict; size 8192;"
+FILLED = f"{DECLARED} elements = {{ 192.0.2.130 : goto id-inside, 203.0.113.2 : goto id-outside }}; }}"
+
+
 @pytest.mark.parametrize(
     ("have", "commands"),
     [
         pytest.param(
             [("192.0.2.130", "goto id-inside")],
-            ["add element inet idmark sources-ipv4-32 { 203.0.113.2 : goto id-outside }"],
+            [f"{DECLARED} elements = {{ 203.0.113.2 : goto id-outside }}; }}"],
             id="one-missing",
         ),
         pytest.param(
@@ -171,47 +171,41 @@ def without(table: Table, chain: str) -> Table:
                 ("192.0.2.130", "goto id-inside"),
                 ("203.0.113.2", "goto id-outside"),
             ],
-            ["delete element inet idmark sources-ipv4-32 { 192.0.2.129 }"],
+            ["flush map inet idmark sources-ipv4-32", FILLED],
             id="one-too-many",
         ),
         pytest.param(
             [("192.0.2.130", "goto id-outside"), ("203.0.113.2", "goto id-outside")],
-            [
-                "delete element inet idmark sources-ipv4-32 { 192.0.2.130 }",
-                "add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-inside }",
-            ],
+            ["flush map inet idmark sources-ipv4-32", FILLED],
             id="another-verdict",
         ),
     ],
 )
 def test_element_differences(have: list[tuple[str, str]], commands: list[str]) -> None:
-    """Only the elements that differ are sent; one with another verdict is deleted first, or nft says "File exists"."""
+    """What is missing is put in. When something goes, or gets another verdict (or nft says "File exists"), all are put
+    in anew: libnftables reads every interval set of the host before it deletes an element.
+    """
     wanted = table_of()
     present = changed(read_back(wanted), "sources-ipv4-32", elements=tuple(have))
     assert list(transaction(wanted, present)) == commands
 
 
 @pytest.mark.parametrize(
-    ("gone", "verbs"),
+    ("size", "gone", "verbs"),
     [
-        pytest.param(FEW, ["delete element"], id="few"),
-        pytest.param(FEW + 1, ["flush map", "add element"], id="many"),
+        pytest.param(SMALL, 1, ["flush map", "add map"], id="small"),
+        pytest.param(SMALL + 1, FEW, ["delete element"], id="few-of-many"),
+        pytest.param(SMALL + 1, FEW + 1, ["flush map", "add map"], id="many"),
+        pytest.param(0, FEW + 1, ["flush map"], id="all"),
     ],
 )
-def test_many_deletions(gone: int, verbs: list[str]) -> None:
-    """nft looks for each element that is deleted from the start: many are flushed away, and the rest put in anew."""
-    wanted = table_of()
-    (now,) = (item for item in wanted.sets if item.name == "sources-ipv4-32")
-    more = tuple((f"10.10.0.{number}", "goto id-inside") for number in range(gone))
-    commands = transaction(wanted, changed(read_back(wanted), "sources-ipv4-32", elements=(*now.elements, *more)))
-    assert sorts(commands) == verbs
-
-
-def test_all_gone() -> None:
-    """A map that is to be empty and holds many elements is flushed, and nothing is added."""
-    wanted = NftSet("s", "ipv4_addr")
-    present = replace(wanted, elements=tuple((f"10.0.0.{number}", "") for number in range(FEW + 1)))
-    assert list(element_changes("idmark", wanted, present)) == ["flush set inet idmark s"]
+def test_deletions(size: int, gone: int, verbs: list[str]) -> None:
+    """nft reads whole sets to delete an element of one, and looks for each from the start: a small set is filled anew,
+    and a large one when many go.
+    """
+    elements = tuple((f"10.10.{number >> 8}.{number & 255}", "goto id-inside") for number in range(size + gone))
+    wanted = NftSet("m", "ipv4_addr", "verdict", elements=elements[:size])
+    assert sorts(tuple(element_changes("t", wanted, replace(wanted, elements=elements)))) == verbs
 
 
 few_elements = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(["goto id-x", "goto id-y"]))
@@ -219,19 +213,17 @@ few_elements = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(["goto
 
 @given(few_elements, few_elements)
 def test_element_changes_get_there(want: dict[str, str], have: dict[str, str]) -> None:
-    """Element changes turn one content into the other; nothing is deleted that isn't there, nor added that is."""
+    """Element changes turn one content into the other; nothing is added that is there."""
     wanted = NftSet("m", "ipv4_addr", "verdict", elements=tuple(want.items()))
-    now = dict(have)
+    now: dict[str, str | None] = {key: _target(value) for key, value in have.items()}
     for command in element_changes("t", wanted, replace(wanted, elements=tuple(have.items()))):
-        items = command.partition("{ ")[2].removesuffix(" }").split(", ")
-        if command.startswith("delete element inet t m { "):
-            for key in items:
-                del now[key]
-        else:
-            assert command.startswith("add element inet t m { ")
-            for key, _, value in (item.partition(" : ") for item in items):
-                assert now.setdefault(key, value) is value
-    assert now == want
+        if command == "flush map inet t m":
+            now.clear()
+            continue
+        assert command.startswith("add map inet t m { type ipv4_addr : verdict; elements = { ")
+        for key, target in _elements(command).items():
+            assert now.setdefault(key, target) is target
+    assert now == {key: _target(value) for key, value in want.items()}
 
 
 few_addresses = st.sets(st.integers(0, 20)).map(lambda values: Addresses.of(Family.IPV4, values))
@@ -293,17 +285,17 @@ def test_type_changed() -> None:
     wanted = table_of()
     present = changed(read_back(wanted), "links", value="verdict", elements=(('"vpn0"', "accept"),))
     commands = transaction(wanted, present)
-    assert sorts(commands) == ["flush table", "delete map", "add set", "add element", "add rule"]
+    assert sorts(commands) == ["flush table", "delete map", "add set", "add rule"]
     assert "delete map inet idmark links" in commands
-    assert "add set inet idmark links { type ifname; }" in commands
-    assert 'add element inet idmark links { "vpn0", "wan" }' in commands
+    assert 'add set inet idmark links { type ifname; elements = { "vpn0", "wan" }; }' in commands
 
 
 def test_identity_gone() -> None:
     """Of an identity that is gone the rules, elements, chain and counters go, in this order, and no other counter."""
     wanted = table_of(INSIDE)
     commands = transaction(wanted, read_back(table_of()))
-    assert sorts(commands) == ["flush table", "delete element", "add rule", "delete chain", "delete counter"]
+    assert {*sorts(commands)[1:-3]} == {"flush map", "add map", "flush set", "add set"}
+    assert sorts(commands)[-3:] == ["add rule", "delete chain", "delete counter"]
     deleted = [command.split()[-1] for command in commands if command.startswith("delete counter")]
     assert sorted(deleted) == sorted(f"id-outside-{family}-{count}" for family in Family for count in COUNTS)
     assert commands[-len(deleted) - 1] == "delete chain inet idmark id-outside"
@@ -312,7 +304,8 @@ def test_identity_gone() -> None:
 def test_identity_new() -> None:
     """The chain and counters of a new identity are there before the elements that point at them."""
     commands = transaction(table_of(), read_back(table_of(INSIDE)))
-    assert sorts(commands) == ["flush table", "add counter", "add chain", "add element", "add rule"]
+    assert sorts(commands)[:3] == ["flush table", "add counter", "add chain"]
+    assert {*sorts(commands)[3:]} == {"add map", "add set", "add rule"}
 
 
 @pytest.mark.parametrize(
@@ -340,8 +333,7 @@ def test_set_missing() -> None:
     wanted = table_of()
     present = replace(read_back(wanted), sets=tuple(item for item in wanted.sets if item.name != "sources-ipv4-32"))
     commands = transaction(wanted, present)
-    assert commands[0] == "add map inet idmark sources-ipv4-32 { type ipv4_addr : verdict; size 8192; }"
-    assert commands[1].startswith("add element inet idmark sources-ipv4-32 { 192.0.2.130 : goto id-inside,")
+    assert commands[0] == FILLED
 
 
 def edited(table: Table, name: str, *rules: Statement) -> Table:

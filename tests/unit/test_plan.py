@@ -187,22 +187,21 @@ def _commanded(  # noqa: PLR0912 - a case for each command
             del chains[what]
             assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"
         case ("add", "set" | "map"):
-            assert what not in sets, f"EEXIST: {what}"
-            # Or for the differences of one, while the rules change with many of its elements.
-            known = [*wanted.sets, *(replace(item, name=what) for item in wanted.sets if what.startswith(item.name))]
-            made = next(item for item in known if declaration(table.name, item) == command)
-            sets[what] = replace(made, elements=(), about=(), pending=())
+            declared, _, words = command.partition(" elements = { ")
+            declared += " }" if words else ""
+            if what not in sets:
+                # Or for the differences of one, while the rules change with many of its elements.
+                known = [*wanted.sets, *(replace(s, name=what) for s in wanted.sets if what.startswith(s.name))]
+                made = next(item for item in known if declaration(table.name, item) == declared)
+                sets[what] = replace(made, elements=(), about=(), pending=())
+            assert declaration(table.name, sets[what]) == declared, f"EEXIST: {what}"
+            if words:
+                sets = _with_elements(sets, what, (), _pairs(words.removesuffix(" }; }")), table)
         case ("delete", "set" | "map"):
             del sets[what]
-        case ("add" | "delete", "element"):
-            words = command.partition(" { ")[2].removesuffix(" }").split(", ")
-            pairs = tuple((key, value) for key, _, value in (word.partition(" : ") for word in words))
-            gone, new = ((), pairs) if verb == "add" else (pairs, ())
-            interval, key = sets[what].interval, sets[what].key
-            sets[what] = replace(sets[what], interval=False)
-            changed = _changed(replace(table, sets=tuple(sets.values())), [ElementChange(what, key, gone, new)])
-            sets = {item.name: item for item in changed.sets}
-            sets[what] = replace(sets[what], interval=interval)
+        case ("delete", "element"):
+            gone = _pairs(command.partition(" { ")[2].removesuffix(" }"))
+            sets = _with_elements(sets, what, gone, (), table)
         case ("add", "rule"):
             chains[what] = replace(chains[what], rules=(*chains[what].rules, _rule(command)))
         case ("insert", "rule"):
@@ -210,6 +209,21 @@ def _commanded(  # noqa: PLR0912 - a case for each command
         case _:
             raise AssertionError(f"no command of ours: {command}")
     return replace(table, chains=tuple(chains.values()), sets=tuple(sets.values()), counters=tuple(counters))
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def _pairs(words: str) -> Pairs:
+    return tuple((key, value) for key, _, value in (word.partition(" : ") for word in words.split(", ")))
+
+
+def _with_elements(sets: dict[str, NftSet], name: str, gone: Pairs, new: Pairs, table: Table) -> dict[str, NftSet]:
+    """The sets when elements of one, which may be of intervals here, have gone and come."""
+    interval, key = sets[name].interval, sets[name].key
+    hashes = {**sets, name: replace(sets[name], interval=False)}
+    changed = _changed(replace(table, sets=tuple(hashes.values())), [ElementChange(name, key, gone, new)])
+    return {item.name: replace(item, interval=interval) if item.name == name else item for item in changed.sets}
 
 
 def _rule(command: str) -> Statement:
@@ -793,14 +807,16 @@ def test_a_member_moves_at_once() -> None:
 
 
 def test_an_element_for_all_others_goes_by_nft() -> None:
-    """An element without a key has no key to be deleted by: nft takes it, and no other element."""
+    """An element without a key has no key to be deleted by: nft flushes it away, and puts the others in again."""
     assert IN_FORCE.table
     sets = [
         replace(item, elements=(*item.elements, ("*", ""))) if item.name == "own-link" else item
         for item in IN_FORCE.table.sets
     ]
     steps = table_steps(BOTH, replace(IN_FORCE, table=replace(IN_FORCE.table, sets=tuple(sets))))
-    assert steps == [Load("idmark", ("delete element inet idmark own-link { * }",))]
+    declared = "add set inet idmark own-link { type mark . ifname;"
+    elements = 'elements = { 0x01000000 . "vpn0", 0x02000000 . "wan" };'
+    assert steps == [Load("idmark", ("flush set inet idmark own-link", f"{declared} {elements} }}"))]
 
 
 MANY_MEMBERS = desire(policy(replace(INSIDE, members=members(range(MANY))), OUTSIDE), GATEWAY)
@@ -822,7 +838,7 @@ def test_many_are_there_before_any_rule_asks() -> None:
         ("id-outside-ipv4-32", 0, 1),
     ]
     assert all(isinstance(change.new, Addresses) for change in fill.changes)
-    assert not [line for line in rules.commands if line.startswith("add element") and "ipv4-32" in line]
+    assert not [line for line in rules.commands if line.startswith("add set") and "ipv4-32" in line]
     assert rules.behind == made.commands
     # The same where a small policy was in force, whose sets go last.
     assert [type(step) for step in table_steps(MANY_MEMBERS, IN_FORCE)] == [Load, Change, Load, Load]
@@ -869,7 +885,7 @@ def test_rules_and_many_elements_of_what_stays() -> None:
     asked = f"add rule inet idmark source ip saddr != @{name}-going ip saddr @{name} goto id-inside"
     for step in (made, asking, rules, cleared):
         assert isinstance(step, Load)
-        assert not [line for line in step.commands if "element" in line and "ipv4-32" in line]
+        assert not [line for line in step.commands if "elements" in line and "ipv4-32" in line]
         assert any(line.startswith(asked) for line in step.commands) is (step is asking)
     assert isinstance(cleared, Load)
     assert cleared.commands[:2] == (
@@ -880,16 +896,17 @@ def test_rules_and_many_elements_of_what_stays() -> None:
 
 def test_what_stays_changes_with_the_rules() -> None:
     """Where sets come or go the others change in the rules' own transaction: before it they may hide what rules don't
-    ask yet, after it they may lack what was there.
+    ask yet, after it they may lack what was there. A large one of which something goes changes by way of differences.
     """
     # The first addresses are somebody else's now, as a network of a length that no rule has asked for so far.
     shorter = replace(OUTSIDE, members=members((), "10.0.0.0/31"))
     steps = table_steps(
         desire(policy(replace(INSIDE, members=members(range(2, MANY))), shorter), GATEWAY), in_force(MANY_MEMBERS)
     )
-    assert [type(step) for step in steps] == [Load, Change, Load]
-    assert isinstance(steps[2], Load)
-    assert "delete element inet idmark id-inside-ipv4-32 { 10.0.0.0, 10.0.0.1 }" in steps[2].commands
+    assert [type(step) for step in steps] == [Load, Change, Load, Change, Load, Load]
+    assert isinstance(steps[1], Change)
+    gone = {change.set: tuple(change.new) for change in steps[1].changes}["id-inside-ipv4-32-going"]
+    assert gone == (("10.0.0.0", ""), ("10.0.0.1", ""))
 
 
 def test_what_was_interrupted_is_filled_up() -> None:
