@@ -67,10 +67,13 @@ class Chronicle:
     def repaired(self, steps: Sequence[Step]) -> None:
         """Steps that were taken because somebody had undone them: a line, but for what is fought over already."""
         now = time.monotonic()
-        known = [step for step in steps if self._fights.fighting(words(step))]
-        begun = [step for step in steps if self._fights.repaired(words(step), now)]
-        quiet = [step for step in steps if step not in (*known, *begun)]
+        begun, quiet = list[Step](), list[Step]()
         for step in steps:
+            fought_over = self._fights.fighting(words(step))
+            if self._fights.repaired(words(step), now):
+                begun.append(step)
+            elif not fought_over:
+                quiet.append(step)
             self._metrics.repaired(kind(step))
         for step in begun:
             self._opponents[words(step)] = kind(step)

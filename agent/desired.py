@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -125,13 +125,15 @@ def desire(policy: Policy, facts: Facts | None, down: Mapping[str, str] = NOBODY
     """
     faults: list[str] = []
     addresses = _addresses(policy, facts)
+    there = _by_link(facts)
+    everywhere = frozenset(item.address for each in (facts.links if facts else ()) for item in each.addresses)
     standings = tuple(
-        _shut(_standing(identity, addresses[identity.name], facts, faults), down.get(identity.name))
+        _shut(_standing(identity, addresses[identity.name], facts, everywhere, faults), down.get(identity.name))
         for identity in policy.identities
     )
     speakers = _Speakers(standings)
     by_name = {standing.identity.name: standing for standing in standings}
-    routes = [route for standing in standings for route in _routes(policy, standing, by_name, facts)]
+    routes = [route for standing in standings for route in _routes(policy, standing, by_name, there, facts)]
     return Desired(
         policy=policy,
         standings=standings,
@@ -294,7 +296,10 @@ def _rank(there: LinkAddress | None) -> int:
     return 3 if there.tentative else 2 if there.deprecated else int(there.temporary)
 
 
-def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, faults: list[str]) -> Standing:
+def _standing(
+    identity: Identity, addresses: tuple[Address, ...], facts: Facts | None, there: Set[Address], faults: list[str]
+) -> Standing:
+    """`there`: the addresses of all links."""
     link = facts.link(identity.link) if facts else None
     member_families = identity.members.families
     families = [
@@ -303,7 +308,6 @@ def _standing(identity: Identity, addresses: tuple[Address, ...], facts: Facts |
         # "auto" may get an address of either family at any moment: both are closed until then.
         if identity.addresses is None or family in member_families or any(Family.of(a) is family for a in addresses)
     ]
-    there = {item.address for each in (facts.links if facts else ()) for item in each.addresses}
     notes = []
     if facts and identity.addresses:
         absent = [str(address) for address in addresses if address not in there]
@@ -378,12 +382,21 @@ def _explicit(family: Family, link: str, gateway: Address | None, point_to_point
 # --- routes and rules ------------------------------------------------------------------------------------------------
 
 
-def _routes(policy: Policy, standing: Standing, others: dict[str, Standing], facts: Facts | None) -> Iterator[Route]:
-    """The routes of an identity's tables, the more important first: of two with one key the first stays."""
+def _routes(
+    policy: Policy,
+    standing: Standing,
+    others: Mapping[str, Standing],
+    there: Mapping[str, Set[Address]],
+    facts: Facts | None,
+) -> Iterator[Route]:
+    """The routes of an identity's tables, the more important first: of two with one key the first stays.
+
+    `there`: by link, the addresses that a route may have for its source.
+    """
     identity = standing.identity
     detour, main_last = detours(policy, identity)
     for way in standing.ways:
-        source = _source(standing, way.family, facts)
+        source = _source(standing, way.family, there if facts else None)
         yield from _probe_routes(standing, way, source, facts)
         if facts:
             for route in _connected(facts, {identity.link}, way.family):
@@ -414,16 +427,23 @@ def _probe_routes(standing: Standing, way: Way, source: Address | None, facts: F
         yield Route(Prefix.host(probe.target), identity.table, way.probing, metric=METRIC_OWN, source=source)
 
 
-def _source(standing: Standing, family: Family, facts: Facts | None) -> Address | None:
+def _by_link(facts: Facts | None) -> Mapping[str, Set[Address]]:
+    """The addresses of each link, but tentative ones: the kernel refuses a route whose `src` it doesn't have yet."""
+    return {
+        link.name: frozenset(item.address for item in link.addresses if not item.tentative)
+        for link in (facts.links if facts else ())
+    }
+
+
+def _source(standing: Standing, family: Family, there: Mapping[str, Set[Address]] | None) -> Address | None:
     """The address that a local program gets which asked for the identity by its mark and is bound to none.
 
-    Only one that is on the link, and not tentative: the kernel refuses a route whose `src` it doesn't have yet.
+    Only one that is `there`, on the link.
     """
     own = standing.own(family)
-    if facts:
-        link = facts.link(standing.identity.link)
-        there = {item.address for item in link.addresses if not item.tentative} if link else set()
-        own = tuple(address for address in own if address in there)
+    if there is not None:
+        on_link = there.get(standing.identity.link, frozenset())
+        own = tuple(address for address in own if address in on_link)
     return own[0] if own else None
 
 
