@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agent import IdmarkError
-from agent.model import GOTO, LOOKUP, NOP, UNREACHABLE, Family, Fwmark, Hook, Hop, Prefix, Route, Rule, parse_address
+from agent.addresses import Family, Prefix, parse_address
+from agent.model import GOTO, LOOKUP, NOP, UNREACHABLE, Fwmark, Hook, Hop, Route, Rule
 from agent.render import ROUTING, RULESET
 
 ALL_BITS = 0xFFFFFFFF

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import render
+from agent.addresses import Family, Prefix, Prefixes
 from agent.desired import Desired, sources_of
 from agent.linediff import unified
-from agent.model import Family, Identity, Policy, Prefix, Prefixes
+from agent.model import Identity, Policy
 from agent.moves import Move, Range, aggregated, counted, few, moves
 from agent.prefixes import outermost
 from agent.settings import Setting, Sides, gateway_settings, identity_settings

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from agent.addresses import Address, Addresses, Family, Prefix
 from agent.draft import ROLES, Draft, Source, first_faults, way_of
 from agent.faults import Fault, dotted, meant, plain
-from agent.model import MAIN, UNREACHABLE, Address, Addresses, Family, Prefix
+from agent.model import MAIN, UNREACHABLE
 from agent.toml_lines import Place
 
 T = TypeVar("T")

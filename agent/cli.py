@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from agent import IdmarkError
 
 if TYPE_CHECKING:
+    from agent.addresses import Address
     from agent.applying import Order
     from agent.change import Change
-    from agent.model import Address, Facts, Policy
+    from agent.model import Facts, Policy
     from agent.planfile import Reviewed
     from agent.proof import Explanation, Packet
     from agent.reconcile import Seams
@@ -394,7 +395,7 @@ def _report(policy: Policy, kernel: Seams) -> dict[str, Any]:
 
 def explain(args: argparse.Namespace) -> int:
     """One packet's way, step by step, and whether the kernel agrees."""
-    from agent.model import Family  # noqa: PLC0415
+    from agent.addresses import Family  # noqa: PLC0415
 
     source, destination = _address(args.source), _address(args.destination)
     if Family.of(source) is not Family.of(destination):
@@ -505,7 +506,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def _address(text: str) -> Address:
-    from agent.model import parse_address  # noqa: PLC0415
+    from agent.addresses import parse_address  # noqa: PLC0415
 
     try:
         return parse_address(text)

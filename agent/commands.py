@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
+from agent.addresses import Addresses
+from agent.model import Chain, ElementChange, NftSet, Statement, Table
 
 #: A set with no more elements than these is flushed and filled again when one of them goes; a larger one when more
 #: than `FEW` go, for nft looks for each from the start. Both in one transaction: no packet finds it empty.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from agent.model import Family, Prefix, address_text
+from agent.addresses import Family, Prefix, address_text
 
 #: Where an example of a class is looked for first: the documentation's addresses (RFC 5737, RFC 3849).
 EXAMPLES = {

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
 
+from agent.addresses import Address, Family, Prefix, Prefixes, sorted_addresses
 from agent.layers import Layer, layers
 from agent.model import (
     GOTO,
@@ -15,20 +16,15 @@ from agent.model import (
     METRIC_LAST,
     NOP,
     UNREACHABLE,
-    Address,
     Facts,
-    Family,
     Hop,
     Identity,
     Kernel,
     Link,
     LinkAddress,
     Policy,
-    Prefix,
-    Prefixes,
     Route,
     Rule,
-    sorted_addresses,
 )
 from agent.prefixes import Span, classes, outermost, pairs
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agent import values
-from agent.model import UNREACHABLE, Address, Kernel, Prefix
+from agent.addresses import Address, Prefix
+from agent.model import UNREACHABLE, Kernel
 from agent.toml_lines import Place
 
 # Every field may be None, which TOML itself can't say: that is what a value at fault is replaced by, so that the checks

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from agent import listing
+from agent.addresses import Family, Prefix, Prefixes
 from agent.document import Document, IdentityTable, KernelTable
 from agent.faults import Fault, dotted, plain
-from agent.model import Family, Identity, Prefix, Prefixes
+from agent.model import Identity
 from agent.toml_lines import Lines, Place
 from agent.values import ListFile, parse_source
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agent import IdmarkError, ruleset, state
 from agent import facts as host_facts
+from agent.addresses import Address
 from agent.desired import NOBODY, Desired, desire
 from agent.host import Host, KeptFile, Listener, conf, is_hosts_own_business
 from agent.kernel import KernelError, runtime
@@ -21,7 +22,7 @@ from agent.kernel.rtnl import Rtnl
 from agent.kernel.settings import number, port_range
 from agent.kernel.sockets import inodes, listeners
 from agent.managers import network_manager, networkd
-from agent.model import LOOKUP, TABLE_MAIN, Address, Facts, Policy, Rule
+from agent.model import LOOKUP, TABLE_MAIN, Facts, Policy, Rule
 from agent.reconcile import Seams
 from agent.symptoms.routing import TABLE_LOCAL
 from agent.symptoms.settings import NETWORK_MANAGER, NETWORKD

@@ -31,8 +31,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from agent import IdmarkError
+from agent.addresses import parse_address
 from agent.lines import Lines
-from agent.model import parse_address
 
 _log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from agent import IdmarkError
+from agent.addresses import Family, Prefix
 from agent.kernel import modules
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls, index_of
-from agent.model import Facts, Family, Link, Policy, Prefix, Route
+from agent.model import Facts, Link, Policy, Route
 
 #: How often links are looked at, while they are renamed or made anew in the midst of it.
 ATTEMPTS = 3

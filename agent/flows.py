@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from agent.addresses import Family, Prefix
 from agent.desired import Desired
-from agent.model import Family, Prefix
 from agent.prefixes import Span, classes
 
 

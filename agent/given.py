@@ -12,7 +12,7 @@ from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple, TypeVar
 
-from agent.model import Prefix
+from agent.addresses import Prefix
 
 Answer = TypeVar("Answer", bound=Hashable)
 Found = TypeVar("Found")

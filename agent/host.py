@@ -6,7 +6,8 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from agent.model import Address, Facts, Hook, Route, Rule
+from agent.addresses import Address
+from agent.model import Facts, Hook, Route, Rule
 
 #: All bits of a packet mark.
 EVERY_BIT = 0xFFFFFFFF

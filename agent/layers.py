@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from agent.model import Addresses, Family, Prefixes, address_text
+from agent.addresses import Addresses, Family, Prefixes, address_text
 from agent.prefixes import classes, pairs
 
 #: What one question costs a packet, in ns, by the number of elements; between them a straight line. Only ratios decide:

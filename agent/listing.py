@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import repeat
 from socket import inet_pton
 
-from agent.model import Addresses, Family, Prefix, Prefixes
+from agent.addresses import Addresses, Family, Prefix, Prefixes
 from agent.values import has_special, parse_source
 
 #: What stands in a list besides networks: never empty, for it is looked for a million times.

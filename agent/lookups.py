@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from agent.addresses import Address, Family, parse_address
 from agent.desired import Desired
 from agent.given import Given
-from agent.model import Address, Facts, Family, Identity, Lookup, parse_address
+from agent.model import Facts, Identity, Lookup
 from agent.walk import MAIN, REFUSED, Fate
 from agent.wanted import Wanted
 

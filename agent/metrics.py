@@ -19,13 +19,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.samples import Sample
 
 from agent import lookups
+from agent.addresses import Family
 from agent.carry import Carry
 from agent.desired import Desired, Standing
 from agent.kernel import KernelError
 from agent.kernel.martians import martian_sources
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
-from agent.model import Count, Family
+from agent.model import Count
 from agent.plan import KINDS
 from agent.ruleset import COUNTS, counter_name
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from agent.model import Family, Prefix
+from agent.addresses import Family, Prefix
 from agent.prefixes import Span
 
 #: Addresses of a family from the first to the last, both included.

@@ -11,20 +11,9 @@ from functools import cached_property
 from typing import TypeVar
 
 from agent import ruleset
+from agent.addresses import Family, Prefix
 from agent.desired import Desired, priority_behind
-from agent.model import (
-    GOTO,
-    LOOKUP,
-    METRIC_LAST,
-    NOP,
-    UNREACHABLE,
-    Family,
-    Fwmark,
-    Prefix,
-    Route,
-    Rule,
-    Table,
-)
+from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Fwmark, Route, Rule, Table
 from agent.stages import Change, Load, stages
 
 __all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "removal", "replacement", "restoration"]

@@ -14,11 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 from agent import IdmarkError
+from agent.addresses import Prefixes, sorted_addresses
 from agent.checks import CHECKS, WARNINGS
 from agent.document import read_document
 from agent.draft import Draft, UnreadableError, read_text, way_of
 from agent.faults import Fault, in_order
-from agent.model import Fwmark, Identity, Kernel, Policy, Prefixes, Probe, sorted_addresses
+from agent.model import Fwmark, Identity, Kernel, Policy, Probe
 from agent.toml_lines import Lines
 
 __all__ = ["Fault", "PolicyError", "load"]

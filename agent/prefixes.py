@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 from operator import itemgetter
 
-from agent.model import Address, Family, Prefix, Prefixes, address_text
+from agent.addresses import Address, Family, Prefix, Prefixes, address_text
 
 
 @dataclass(frozen=True, slots=True)

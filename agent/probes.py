@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from agent.addresses import Address, Family
 from agent.desired import NOBODY, Desired
 from agent.kernel.probe import Question, ask
-from agent.model import Address, Family, Probe
+from agent.model import Probe
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from agent.addresses import Address, Family, address_text
 from agent.artefact import Artefact, SetMark
 from agent.desired import Desired, Standing, downstream_routes, sources_of
 from agent.given import Given
 from agent.lookups import agrees
-from agent.model import METRIC_LAST, Address, Facts, Family, Lookup, Route, Rule, address_text
+from agent.model import METRIC_LAST, Facts, Lookup, Route, Rule
 from agent.prefixes import lookup
 from agent.walk import LO, LOCAL, OUT, Attempt, Fate, Hooks, Step, Tables
 from agent.walk import Packet as Walker

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from agent import IdmarkError, model, ruleset
 from agent import facts as host
+from agent.addresses import Prefix
 from agent.desired import NOBODY, Desired, desire
 from agent.kernel import KernelError, known, runtime
 from agent.kernel.nfnl import Nfnl
@@ -16,7 +17,7 @@ from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
-from agent.model import Facts, Policy, Prefix, Route
+from agent.model import Facts, Policy, Route
 from agent.plan import (
     AddRoute,
     AddRule,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
+from agent.addresses import Prefix
 from agent.change import CHANGED, GONE, NEW, SAME, Change, Part
-from agent.model import Prefix
 from agent.moves import few, size
 from agent.settings import Setting
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from agent.addresses import Family
 from agent.commands import chain_lines
 from agent.desired import Desired, Standing, detours, is_open
 from agent.layers import MANY, Layer, why
-from agent.model import Chain, Family, Fwmark, Hook, Identity, NftSet, Statement, Table
+from agent.model import Chain, Fwmark, Hook, Identity, NftSet, Statement, Table
 
 #: The kinds of packets that are counted, for each identity and family. All are always there, so that no counter is
 #: lost, and none starts again from 0, when a setting goes back and forth.

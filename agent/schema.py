@@ -24,8 +24,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import ErrorDetails, core_schema
 
 from agent import values
+from agent.addresses import Address, Prefix
 from agent.faults import KINDS, meant, plain, spelled
-from agent.model import UNREACHABLE, Address, Kernel, Prefix
+from agent.model import UNREACHABLE, Kernel
 from agent.toml_lines import Place
 
 # Every field may be None, which TOML itself can't say: that is what a value at fault is replaced by. A validator's

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from agent.addresses import Address, Family, parse_address
 from agent.desired import Desired
 from agent.kernel.rtnl import Rtnl
-from agent.model import Address, Facts, Family, Lookup, parse_address
+from agent.model import Facts, Lookup
 from agent.proof import Packet, decide, route_of
 
 #: /proc/PID/loginuid of a process that nobody logged in for: (uid_t)-1 (proc(5)).

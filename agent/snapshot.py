@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from agent import model, reconcile, state
+from agent.addresses import Address, Family, Prefix, parse_address
 from agent.desired import NOBODY
-from agent.model import Address, Facts, Family, Fwmark, Hop, Policy, Prefix, Route, Rule, parse_address
+from agent.model import Facts, Fwmark, Hop, Policy, Route, Rule
 from agent.plan import Observed, Plan, restoration
 from agent.reconcile import Seams
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from agent import commands
-from agent.model import Addresses, Chain, ElementChange, NftSet, Statement, Table
+from agent.addresses import Addresses
+from agent.model import Chain, ElementChange, NftSet, Statement, Table
 
 #: How the names of chains begin that elements lead to: they are filled before any element comes.
 LED_TO = ("id-", "left-", "arrived-")

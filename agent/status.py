@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from agent.addresses import Family
 from agent.desired import Standing, Way
-from agent.model import Count, Family, Link, Policy, Route, Rule
+from agent.model import Count, Link, Policy, Route, Rule
 from agent.plan import Load
 from agent.reconcile import Look
 from agent.ruleset import COUNTS, counter_name

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from agent.model import Address
+from agent.addresses import Address
 
 #: So many packets are told of, and no more.
 PACKETS = 10

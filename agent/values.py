@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from agent.model import Address, Addresses, Family, Prefix, parse_address
+from agent.addresses import Address, Addresses, Family, Prefix, parse_address
 
 #: Where packets of an identity neither come from nor go to by a next hop (RFC 1122, 4291; IANA's special registries).
 _SPECIAL = {

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import islice, product
 
 from agent import walk
+from agent.addresses import Family, Prefix, address_text
 from agent.artefact import ALL_BITS, Artefact, CountBy, VerdictBy
 from agent.cut import Kind, cut
 from agent.desired import GUARDED, PRIORITY_MAIN, Desired, priority_behind, sources_of
 from agent.given import Choices, Given, Question, Values, follow
-from agent.model import Facts, Family, Identity, Prefix, address_text
+from agent.model import Facts, Identity
 from agent.prefixes import outermost, pairs
 from agent.ruleset import counter_name
 from agent.walk import AS_CARRIED, DSTNAT, LOCAL, MANGLE, NOTHING, REFUSED, SRCNAT, Fate, Networks, Packet, is_reply

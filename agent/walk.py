@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from agent.addresses import Family, Prefix
 from agent.artefact import (
     ALL_BITS,
     Artefact,
@@ -27,7 +28,7 @@ from agent.artefact import (
     VerdictBy,
 )
 from agent.given import Given, Question
-from agent.model import GOTO, LOOKUP, NOP, TABLE_MAIN, Family, Hop, Prefix, Route, Rule
+from agent.model import GOTO, LOOKUP, NOP, TABLE_MAIN, Hop, Route, Rule
 
 #: linux/netfilter_ipv4.h, enum nf_ip_hook_priorities: where connections are known, where neighbours restore whole marks
 #: from them, where destinations are translated, and sources.

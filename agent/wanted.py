@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from agent.addresses import Family, Prefix
 from agent.desired import Desired, detours, downstream_routes
 from agent.given import Given
-from agent.model import Facts, Family, Identity, Prefix, Route
+from agent.model import Facts, Identity, Route
 from agent.walk import DOWN, GONE, LOCAL, MAIN, OUT, REFUSED, Fate, Networks, hops_of, is_here
 
 Hops = frozenset[tuple[str, object]]

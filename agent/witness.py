@@ -7,10 +7,11 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
 from agent import artefact, render
+from agent.addresses import Address, Family
 from agent.artefact import Artefact, Named, in_order
 from agent.given import Given
 from agent.lookups import Question
-from agent.model import LOOKUP, TABLE_MAIN, Address, Family, Lookup, NftSet, Policy
+from agent.model import LOOKUP, TABLE_MAIN, Lookup, NftSet, Policy
 from agent.plan import Observed
 from agent.proof import TABLE_LOCAL, Loaded, Packet
 from agent.reconcile import Look, Seams, look

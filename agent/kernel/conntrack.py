@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
+from agent.addresses import Family
 from agent.flows import Flow
 from agent.kernel import KernelError
 from agent.kernel.netlink import (
@@ -24,7 +25,6 @@ from agent.kernel.netlink import (
     SOL_NETLINK,
     Netlink,
 )
-from agent.model import Family
 
 NETLINK_CAP_ACK = 10
 NLM_F_ACK = 0x4

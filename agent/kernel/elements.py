@@ -12,8 +12,8 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 
+from agent.addresses import Addresses, Family
 from agent.kernel.attributes import attribute
-from agent.model import Addresses, Family
 
 #: In each element. A key is a struct nft_data with a plain value; what a map has for it is a verdict or an object.
 LIST_ELEMENT, ELEMENT_KEY, ELEMENT_DATA, ELEMENT_OBJECT = 1, 1, 2, 9

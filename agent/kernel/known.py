@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from agent import folder
+from agent.addresses import Addresses, Family
 from agent.kernel import KernelError, runtime
-from agent.model import Addresses, Family
 
 NAME = "sets"
 #: A random number of this boot (Documentation/admin-guide/sysctl/kernel.rst).

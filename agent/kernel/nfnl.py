@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
+from agent.addresses import Addresses, Family, address_text
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each, number, text
 from agent.kernel.counters import NFT_OBJECT_COUNTER, counts
 from agent.kernel.elements import VERDICTS, unpack
 from agent.kernel.known import Known
 from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
-from agent.model import Addresses, Chain, Count, ElementChange, Family, Hook, NftSet, Statement, Table, address_text
+from agent.model import Chain, Count, ElementChange, Hook, NftSet, Statement, Table
 from agent.prefixes import Span
 
 NFNL_SUBSYS_NFTABLES = 10

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 
+from agent.addresses import Addresses
 from agent.kernel import KernelError
 from agent.kernel.attributes import attribute
 from agent.kernel.elements import pack, stride
 from agent.kernel.netlink import ATTRIBUTE, NETLINK_NETFILTER, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, Netlink
 from agent.kernel.nfnl import ADDRESSES, ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
-from agent.model import Addresses, ElementChange
+from agent.model import ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from types import TracebackType
 
+from agent.addresses import Family
 from agent.kernel import KernelError, tracing
 from agent.kernel.attributes import attribute, attributes, number, text
 from agent.kernel.elements import VERDICTS
@@ -35,7 +36,6 @@ from agent.kernel.nfnl import (
     comment_of,
 )
 from agent.kernel.nft import Nft
-from agent.model import Family
 from agent.trace import Event, Flow, Place
 
 GETCHAIN, GETRULE, TRACE = 4, 7, 17

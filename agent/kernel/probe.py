@@ -9,7 +9,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from agent.model import Address, Family
+from agent.addresses import Address, Family
 
 ICMP_ECHO, ICMP_ECHOREPLY = 8, 0  # RFC 792
 ICMPV6_ECHO_REQUEST, ICMPV6_ECHO_REPLY = 128, 129  # RFC 4443

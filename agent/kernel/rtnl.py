@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agent.addresses import Address, Family, Prefix
 from agent.kernel import KernelError
 from agent.kernel.attributes import Attributes, attribute, attributes, each
 from agent.kernel.netlink import HEADER, Netlink, Wanted
@@ -32,14 +33,11 @@ from agent.model import (
     TABLE_LOCAL,
     TABLE_MAIN,
     UNREACHABLE,
-    Address,
-    Family,
     Fwmark,
     Hop,
     Link,
     LinkAddress,
     Lookup,
-    Prefix,
     Route,
     Rule,
 )

@@ -14,10 +14,10 @@ from pathlib import Path
 from subprocess import CompletedProcess, Popen
 from typing import Any, NamedTuple
 
+from agent.addresses import Family
 from agent.lab import LabError, endpoint, net, sandbox, vpn
 from agent.lab.hosts import Hosts, require, run
 from agent.lab.probes import PORT, Outcome, Probe, matrix
-from agent.model import Family
 
 #: The lab's policy, as an operator would write it.
 POLICY = Path(__file__).with_name("policy.toml")

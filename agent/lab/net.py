@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from agent.model import Family
+from agent.addresses import Family
 
 HOSTS = ("wild", "isp", "gw", "corp", "chost", "lan")
 ROUTERS = ("isp", "gw", "corp")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from agent.addresses import Family
 from agent.lab.net import CHOST, INSIDE, LAN, LAN_GATEWAY, OUTSIDE, WILD
-from agent.model import Family
 
 #: Where the answering ends listen, in UDP and TCP.
 PORT = 5007

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.syntax import Syntax
 from rich.text import Text
 
+from agent.addresses import Family
 from agent.lab.probes import BROKEN, MATRIX, Outcome
-from agent.model import Family
 
 #: ASCII, so that it stands in any log.
 PICTURE = """\

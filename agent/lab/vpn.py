@@ -11,10 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from agent.addresses import Family
 from agent.lab import LabError
 from agent.lab.hosts import DIRECTORY, Hosts, require, run
 from agent.lab.net import ENDPOINT, OUTSIDE, TUNNEL
-from agent.model import Family
 
 WIREGUARD_PORT = 51820
 OPENVPN_PORT = 1194

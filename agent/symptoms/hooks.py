@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent import neighbours, ruleset
+from agent.addresses import Family
 from agent.desired import Desired
 from agent.host import EVERY_BIT, Host, MarkWrite, NftChain, reachable
-from agent.model import Family, Hook, Kernel
+from agent.model import Hook, Kernel
 from agent.neighbours import NEIGHBOURS, owner_of_chain
 from agent.symptoms import Symptom, some
 

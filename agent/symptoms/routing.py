@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agent.addresses import Prefix
 from agent.desired import Desired, Standing
 from agent.host import Host
-from agent.model import LOOKUP, NOP, Prefix, Rule
+from agent.model import LOOKUP, NOP, Rule
 from agent.neighbours import INVERTED, owner_of_rule, words
 from agent.symptoms import Symptom, some
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agent.addresses import Family
 from agent.desired import Desired
 from agent.host import Host, Listener, is_hosts_own_business, is_wildcard
-from agent.model import Family
 from agent.neighbours import ANSWER_AS_ASKED
 from agent.symptoms import Symptom, some
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from agent.addresses import Family
 from agent.desired import Desired, downstream_routes
 from agent.host import Host, KeptFile, conf
-from agent.model import Family, Link
+from agent.model import Link
 from agent.neighbours import owner_of_link
 from agent.symptoms import Symptom, some
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import reconcile
-from agent.model import Family
+from agent.addresses import Family
 from agent.policy import load
 from tests.bench import room
 from tests.bench.contestants import interval_map, write_policy

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_interface
 from pathlib import Path
 
-from agent.model import Family
+from agent.addresses import Family
 from tests.bench.sources import Sources
 from tests.bench.world import LENGTH, NEXT_HOP, OWN, UPLINKS, World
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from agent.model import Family
+from agent.addresses import Family
 from tests.bench import room
 from tests.bench.contestants import (
     BARE,

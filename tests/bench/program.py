@@ -24,8 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 import agent
+from agent.addresses import Family
 from agent.kernel.nfnl import Nfnl
-from agent.model import Family
 from tests.bench import room
 from tests.bench.contestants import write_policy
 from tests.bench.figures import Report, Spread, Table, spread_figure

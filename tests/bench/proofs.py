@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from agent.model import Family, Prefix
+from agent.addresses import Family, Prefix
 from tests.bench.figures import Report, Table
 from tests.bench.parts import measured
 from tests.bench.process import timed

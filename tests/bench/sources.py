@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from agent.model import Family, Prefix
+from agent.addresses import Family, Prefix
 
 #: Lengths of the prefixes, by shape and family.
 SHAPES: dict[str, dict[Family, tuple[int, ...]]] = {

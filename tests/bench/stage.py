@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.addresses import Family
 from agent.lab import net
 from agent.lab.lab import Lab
-from agent.model import Family
 from tests.kernel.running import Running, running
 from tests.lab.gateway import Gateway
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from agent.model import Family, Prefix
+from agent.addresses import Family, Prefix
 from tests.bench.sources import FLOWS, SHAPES, Sources, draw
 
 

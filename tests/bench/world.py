@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.model import Family
+from agent.addresses import Family
 from tests.bench import room
 from tests.kernel.net import Host, join, named_namespace
 

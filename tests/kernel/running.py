@@ -18,7 +18,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import ledger, reconcile
-from agent.model import Lookup, parse_address
+from agent.addresses import parse_address
+from agent.model import Lookup
 from agent.plan import Plan
 from agent.policy import load
 from agent.reconcile import Seams

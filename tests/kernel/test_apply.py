@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from agent import facts, reconcile, render
+from agent.addresses import Family
 from agent.desired import desire
 from agent.kernel import KernelError
 from agent.kernel.rtnl import Rtnl
-from agent.model import Family, Fwmark, Rule
+from agent.model import Fwmark, Rule
 from agent.plan import Load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers

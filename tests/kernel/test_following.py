@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from agent import facts, reconcile
+from agent.addresses import Family
 from agent.kernel.rtnl import Rtnl
-from agent.model import Family, Link
+from agent.model import Link
 from agent.policy import load
 from tests.kernel.admin import Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers

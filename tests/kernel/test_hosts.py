@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from agent import facts, reconcile, render
+from agent.addresses import Family
 from agent.desired import desire
 from agent.kernel import nft
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.rtnl import Rtnl
-from agent.model import Count, Family, Route
+from agent.model import Count, Route
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
 from tests.kernel.net import CORP, INSIDE, ISP, OUTSIDE, WILD, Host

@@ -14,8 +14,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import reconcile
+from agent.addresses import Family
 from agent.metrics import Metrics
-from agent.model import Family
 from tests.kernel.admin import INSIDE_TABLE, MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
 from tests.kernel.net import INSIDE, OUTSIDE, WILD, Host

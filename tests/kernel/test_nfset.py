@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from agent.addresses import Addresses, Family
 from agent.kernel import KernelError, nfset
 from agent.kernel.known import Known
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import FullError, Nfset, StaleError
-from agent.model import Addresses, ElementChange, Family
+from agent.model import ElementChange
 from tests.kernel.net import Host
 
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -341,7 +342,8 @@ import os
 from agent.kernel.known import Known
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import Nfset
-from agent.model import Addresses, ElementChange, Family
+from agent.addresses import Addresses, Family
+from agent.model import ElementChange
 addresses = Addresses.sorted(Family.IPV6, os.urandom(16 * {many}))
 with Nfset() as sets, Nfnl() as nfnl:
     sets.change("t", [ElementChange("s", "ipv6_addr", (), addresses)])

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.addresses import Family
 from agent.lab import hosts, net
 from agent.lab.lab import Count, Lab
 from agent.lab.probes import Outcome, Probe
-from agent.model import Family
 from tests.kernel.admin import MEMBERS, Table, policy_text
 from tests.kernel.net import Host
 from tests.lab.processes import processes

@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import endpoint, net
 from agent.lab.probes import PORT
-from agent.model import Family
 from tests.kernel.admin import Table
 from tests.kernel.net import Host
 from tests.kernel.running import Running, eventually, running

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from agent.addresses import Family
 from agent.doctor import CHECKS
 from agent.lab import net
-from agent.model import Family
 from tests.kernel.admin import Table
 from tests.lab.conftest import BuildGateway
 from tests.lab.gateway import Gateway

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import net
 from agent.lab.lab import Lab
 from agent.lab.probes import PORT, Probe
-from agent.model import Family
 from tests.kernel.net import Host
 from tests.lab.conftest import BuildGateway
 from tests.lab.gateway import FORWARDED, LOCAL, REDIRECTED, Gateway, failures, forward_probes, forwards

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import net, vpn
 from agent.lab.lab import Count, Lab
 from agent.lab.probes import matrix
-from agent.model import Family
 from tests.kernel.net import ISP
 from tests.lab.conftest import BuildGateway
 from tests.lab.gateway import FORWARDED, REDIRECTED, Gateway, failures, forward_probes, forwards

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import LabError, hosts, net, sandbox, vpn
 from agent.lab.lab import POLICY, Lab
 from agent.lab.probes import BROKEN, Outcome, matrix
-from agent.model import Family
 from tests.kernel.running import PATIENCE, eventually
 from tests.lab.conftest import Build
 from tests.lab.processes import processes

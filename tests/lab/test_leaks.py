@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import endpoint, net
 from agent.lab.probes import PORT, Probe, matrix
-from agent.model import Family
 from tests.kernel.admin import Table
 from tests.kernel.net import Host
 from tests.kernel.running import eventually

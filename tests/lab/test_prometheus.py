@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from agent.addresses import Family
 from agent.lab import net
 from agent.lab.lab import Count, Lab
-from agent.model import Family
 from tests.kernel.running import Running, eventually, running
 from tests.lab.gateway import Gateway
 

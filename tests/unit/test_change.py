@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.addresses import Family, Prefix, Prefixes, parse_address
 from agent.change import CHANGED, GONE, NEW, SAME, Change, change, plain
 from agent.desired import GUARDED, desire, sources_of
-from agent.model import Facts, Family, Identity, Kernel, Policy, Prefix, Prefixes, Probe, parse_address
+from agent.model import Facts, Identity, Kernel, Policy, Probe
 from agent.policy import load
 from agent.prefixes import lookup, pairs
 from agent.settings import EFFECTS

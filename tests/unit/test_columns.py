@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Address, Family, Prefix, Prefixes
+from agent.addresses import Address, Family, Prefix, Prefixes
 from tests.unit.values import prefixes
 
 

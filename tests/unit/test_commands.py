@@ -11,21 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import ruleset
+from agent.addresses import Addresses, Family
 from agent.commands import FEW, SMALL, difference, element_changes, render, transaction
 from agent.desired import desire
-from agent.model import (
-    Addresses,
-    Chain,
-    ElementChange,
-    Facts,
-    Family,
-    Hook,
-    Identity,
-    Kernel,
-    NftSet,
-    Statement,
-    Table,
-)
+from agent.model import Chain, ElementChange, Facts, Hook, Identity, Kernel, NftSet, Statement, Table
 from agent.ruleset import COUNTS
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, hosts, policies, policy, read_back
 

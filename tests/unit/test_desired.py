@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import ruleset
+from agent.addresses import Address, Family, Prefix
 from agent.desired import GUARDED, METRIC_OWN, Desired, Standing, Way, desire, detours, roads_changed
 from agent.model import (
     GOTO,
@@ -18,14 +19,11 @@ from agent.model import (
     NOP,
     TABLE_MAIN,
     UNREACHABLE,
-    Address,
     Facts,
-    Family,
     Identity,
     Link,
     LinkAddress,
     Policy,
-    Prefix,
     Probe,
     Rule,
 )

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.addresses import Family, Prefix, parse_address
 from agent.desired import desire
 from agent.doctor import CHECKS, Finding, findings, text
 from agent.host import EVERY_BIT, Flowtable, Host, KeptFile, Listener, MarkWrite, NftChain, ReverseCheck, Setting, conf
-from agent.model import Facts, Family, Fwmark, Hook, Kernel, Policy, Prefix, Rule, parse_address
+from agent.model import Facts, Fwmark, Hook, Kernel, Policy, Rule
 from agent.neighbours import NEIGHBOURS, traces, words
 from tests.unit.values import (
     DEFAULTS,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.addresses import Addresses, Family
 from agent.kernel import nfnl
 from agent.kernel.attributes import attributes, each, number, text
 from agent.kernel.elements import pack, stride, unpack
-from agent.model import Addresses, Family
 
 #: linux/netfilter/nf_tables.h: NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE.
 ELEMENT, KEY, VALUE = 1, 1, 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from agent.addresses import Family, parse_address
 from agent.desired import desire
 from agent.flows import Flow, flows_of
-from agent.model import Family, parse_address
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, policy
 
 O, I, MEMBER, LAN_GATEWAY = "203.0.113.2", "192.0.2.130", "10.9.0.5", "10.9.0.1"  # noqa: E741

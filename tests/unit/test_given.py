@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
+from agent.addresses import Prefix
 from agent.given import Choices, Given, Question, follow
-from agent.model import Prefix
 
 CHOICES = Choices({("a", "b"): [*product(range(3), range(4))], ("c",): [(n,) for n in range(5)]})
 PACKETS = [{"a": a, "b": b, "c": c} for a, b, c in product(range(3), range(4), range(5))]

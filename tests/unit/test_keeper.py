@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from agent.addresses import Family
 from agent.keeper import told_apart
-from agent.model import Family, Rule
+from agent.model import Rule
 from agent.plan import AddRoute, AddRule, Load, SetSrcValidMark, Step
 from tests.unit import values
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from agent.addresses import Addresses, Family
 from agent.kernel.known import Known, dump, load
-from agent.model import Addresses, Family
 
 KNOWN = Known(
     "idmark",

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import layers as module
+from agent.addresses import Addresses, Family, Prefix
 from agent.layers import MANY, SETS, Layer, layers
-from agent.model import Addresses, Family, Prefix
 from tests.unit.values import by_name
 
 Sources = list[tuple[Prefix, str]]

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent import listing
-from agent.model import Prefix, Prefixes
+from agent.addresses import Prefix, Prefixes
 from agent.values import parse_source
 from tests.unit.values import prefixes
 

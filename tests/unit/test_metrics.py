@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from agent.addresses import Family
 from agent.desired import desire
 from agent.given import Given
 from agent.lookups import ANYWHERE, agrees
 from agent.metrics import Metrics
 from agent.model import MAIN as FOLLOWS_MAIN
-from agent.model import Facts, Family, Identity, Lookup
+from agent.model import Facts, Identity, Lookup
 from agent.plan import KINDS
 from agent.walk import MAIN, OUT, REFUSED, Fate
 from agent.wanted import Wanted

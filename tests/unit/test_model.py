@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Family, Fwmark, Hop, Policy, Prefix, Route, Rule, parse_address, sorted_addresses
+from agent.addresses import Family, Prefix, parse_address, sorted_addresses
+from agent.model import Fwmark, Hop, Policy, Route, Rule
 
 # --- prefixes --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Address, Family, Policy, Prefix
+from agent.addresses import Address, Family, Prefix
+from agent.model import Policy
 from agent.moves import aggregated, few, moves, size
 from agent.prefixes import classes, lookup
 from tests.unit.values import by_name, policies

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.addresses import Family, Prefix
 from agent.kernel import nfnl
 from agent.kernel.attributes import Attributes, each
-from agent.model import Family, Hook, Prefix
+from agent.model import Hook
 from agent.prefixes import Span, classes
 
 

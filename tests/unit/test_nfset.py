@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.addresses import Addresses, Family
 from agent.kernel import nfset
 from agent.kernel.attributes import attributes, text
 from agent.kernel.elements import pack, unpack
 from agent.kernel.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message
 from agent.kernel.nfset import portions, transaction
-from agent.model import Addresses, ElementChange, Family
+from agent.model import ElementChange
 
 NONE = Addresses(Family.IPV4)
 DELETE, NEW = 0xA0E, 0xA0C

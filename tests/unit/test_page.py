@@ -14,9 +14,10 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from agent import page
+from agent.addresses import Prefixes, parse_address
 from agent.change import SAME, Change, change
 from agent.desired import desire
-from agent.model import Kernel, Prefixes, Probe, parse_address
+from agent.model import Kernel, Probe
 from tests.unit.values import identity, policy, prefixes
 
 INSIDE = identity(

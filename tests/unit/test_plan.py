@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent import ruleset
+from agent.addresses import Addresses, Family, Prefix, Prefixes, parse_address
 from agent.commands import declaration, render
 from agent.desired import Desired, desire, detours
 from agent.layers import MANY
@@ -20,21 +21,16 @@ from agent.model import (
     METRIC_LAST,
     NOP,
     UNREACHABLE,
-    Addresses,
     ElementChange,
     Facts,
-    Family,
     Fwmark,
     Kernel,
     NftSet,
     Policy,
-    Prefix,
-    Prefixes,
     Route,
     Rule,
     Statement,
     Table,
-    parse_address,
 )
 from agent.plan import (
     FORMER,

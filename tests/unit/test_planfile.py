@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 
 from agent import planfile
+from agent.addresses import Family, Prefix
 from agent.desired import desire
-from agent.model import Family, Policy, Prefix, Route
+from agent.model import Policy, Route
 from agent.plan import AddRoute, Observed, Plan, plan
 from agent.planfile import PlanFileError, Reviewed
 from agent.policy import load

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.addresses import Prefix, Prefixes
 from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
-from agent.model import Fwmark, Identity, Kernel, Policy, Prefix, Prefixes, Probe
+from agent.model import Fwmark, Identity, Kernel, Policy, Probe
 from agent.policy import Fault, PolicyError, load
 from agent.schema import Document, IdentityTable, KernelTable, ProbeTable, schema
 

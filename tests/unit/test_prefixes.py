@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Address, Family, Prefix, Prefixes
+from agent.addresses import Address, Family, Prefix, Prefixes
 from agent.prefixes import Span, classes, lookup, outermost
 from tests.unit.values import by_name
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import render
+from agent.addresses import Address, Family, Prefix
 from agent.artefact import in_order, read
 from agent.desired import Desired, desire
-from agent.model import Address, Facts, Family, Fwmark, Kernel, Lookup, Policy, Prefix, Rule
+from agent.model import Facts, Fwmark, Kernel, Lookup, Policy, Rule
 from agent.proof import Ask, Explanation, Loaded, Packet, arrival, decide, explain, route_of
 from tests.unit.values import (
     DEFAULTS,

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import commands, render, ruleset
+from agent.addresses import Prefix, Prefixes
 from agent.desired import desire
-from agent.model import Facts, Policy, Prefix, Prefixes
+from agent.model import Facts, Policy
 from agent.policy import load
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, VPN, host, hosts, policies, policy, toml
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from agent import review
+from agent.addresses import Family, Prefix, Prefixes
 from agent.change import Change, change
 from agent.desired import desire
-from agent.model import Family, Identity, Policy, Prefix, Prefixes
+from agent.model import Identity, Policy
 from tests.unit.values import identity, policy, prefixes
 
 INSIDE = identity("inside", 1, "wg0", addresses=["192.0.2.130"], members=["10.9.0.0/24", "10.9.7.0/24"])

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import ruleset
+from agent.addresses import Addresses, Family, Prefix, Prefixes
 from agent.desired import Desired, desire
 from agent.layers import MANY
-from agent.model import Addresses, Chain, Facts, Family, Fwmark, Hook, Kernel, Prefix, Prefixes, Statement, Table
+from agent.model import Chain, Facts, Fwmark, Hook, Kernel, Statement, Table
 from agent.ruleset import COUNTS
 from tests.unit.values import GATEWAY, INSIDE, OUTSIDE, hosts, identity, policies, policy, prefixes, read_back
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import state
-from agent.model import Family, Policy, Prefix, Prefixes, Probe, parse_address
+from agent.addresses import Family, Prefix, Prefixes, parse_address
+from agent.model import Policy, Probe
 from agent.policy import PolicyError, load
 from agent.policy import parse as policy_of
 from tests.unit.values import INSIDE, OUTSIDE, identity, policies, policy, toml

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from agent import artefact, layers, render
 from agent import desired as desired_module
+from agent.addresses import Family, Prefix
 from agent.cut import cut
 from agent.desired import Desired, desire
-from agent.model import Facts, Family, Kernel, Policy, Prefix
+from agent.model import Facts, Kernel, Policy
 from agent.verify import Proof, prove
 from tests.unit.values import DEFAULTS, LAN, LO, VPN, WAN, host, hosts, identity, link, policies, policy
 

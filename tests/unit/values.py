@@ -12,16 +12,14 @@ from ipaddress import ip_interface
 from hypothesis import strategies as st
 
 from agent import ruleset
+from agent.addresses import Address, Addresses, Family, Prefix, Prefixes, parse_address, sorted_addresses
 from agent.desired import Desired
 from agent.model import (
     MAIN,
     METRIC_LAST,
     TABLE_MAIN,
     UNREACHABLE,
-    Address,
-    Addresses,
     Facts,
-    Family,
     Fwmark,
     Hop,
     Identity,
@@ -30,14 +28,10 @@ from agent.model import (
     LinkAddress,
     NextHop,
     Policy,
-    Prefix,
-    Prefixes,
     Probe,
     Route,
     Rule,
     Table,
-    parse_address,
-    sorted_addresses,
 )
 from agent.plan import Observed
 
