@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from agent import ledger, state
-from agent.kernel import runtime
+from agent.kernel import known, runtime
+from agent.kernel.nfnl import TRUSTED, Nfnl
 from agent.policy import load
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Peers
@@ -122,6 +123,27 @@ def test_changed_list(admin: Admin) -> None:
         second.write_text("10.7.0.0/24\n")
         assert eventually(lambda: keeps(site, admin.file)), site.said()
         assert len(load(admin.file).identity("inside").members) == 52
+
+
+def test_what_large_sets_hold_is_left(admin: Admin) -> None:
+    """After a reload of a long list the next verb knows what is in force: it is told, and reads nothing back."""
+    many = admin.directory / "many.txt"
+    many.write_text("".join(f"10.{number >> 8}.{number & 255}.0/24\n" for number in range(TRUSTED + 2)))
+    with kept(admin, policy_text({"members": ["file:many.txt"]})) as site:
+        assert eventually(lambda: _is_told(site)), site.said()
+        many.write_text(many.read_text().replace("10.0.7.0/24", "10.99.7.0/24"))
+        site.daemon.reload()
+        assert eventually(lambda: _is_told(site)), site.said()
+
+
+def _is_told(site: Site) -> bool:
+    """Whether what was left is what the kernel has, and of its ruleset's generation."""
+    left = known.left()
+    with Nfnl() as untold:
+        table = untold.table("idmark")
+        assert table
+        held = {item.name: item.elements for item in table.sets if len(item.elements) > TRUSTED}
+        return bool(left and held and left.sets == held and left.generation == untold.generation())
 
 
 def test_faulty_file(admin: Admin) -> None:
