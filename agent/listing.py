@@ -11,8 +11,6 @@ from socket import inet_pton
 from agent.addresses import Addresses, Family, Prefix, Prefixes
 from agent.values import has_special, parse_source
 
-#: What stands in a list besides networks: never empty, for it is looked for a million times.
-_BESIDE = re.compile(r"^[ \t]+|[ \t\r]*#.*|[ \t\r]+$", re.MULTILINE)
 #: What a network or the end of its line is not made of.
 _NO_NETWORK = re.compile(r"[^0-9A-Fa-f.:/\n]")
 #: So many letters are read at a time, and the rest of a line: each line is an object, for as long.
@@ -38,8 +36,14 @@ def read(text: str) -> Prefixes | None:
 def entries(text: str) -> Iterator[tuple[int, str]]:
     """What stands in the lines of a list, with their numbers."""
     for number, line in enumerate(text.split("\n"), 1):
-        if entry := line.partition("#")[0].strip():
+        if entry := _entry(line):
             yield number, entry
+
+
+def _entry(line: str) -> str:
+    """What of a line is neither a comment nor a blank."""
+    # No regular expression: one tries a long run of blanks from each of them, and lists come from anywhere.
+    return line.partition("#")[0].strip()
 
 
 def located(text: str) -> Iterator[tuple[int, Prefix]]:
@@ -53,11 +57,12 @@ def _blocks(text: str) -> Iterator[list[str]]:
     while start < len(text):
         end = text.find("\n", start + BLOCK) + 1 or len(text)
         block = text[start:end]
+        lines = block.split("\n")
         if _NO_NETWORK.search(block):
-            block = _BESIDE.sub("", block)
-            if _NO_NETWORK.search(block):
+            lines = [_entry(line) for line in lines]
+            if _NO_NETWORK.search("\n".join(lines)):
                 raise ValueError("is no plain list")
-        yield [*filter(None, block.split("\n"))]
+        yield [*filter(None, lines)]
         start = end
 
 

@@ -103,6 +103,15 @@ def test_what_is_none_is_not_read(entry: str) -> None:
     assert slowly(entry) is None
 
 
+def test_a_long_run_of_blanks() -> None:
+    """What takes the time of its square with a hundred times as many would never come to an end here."""
+    blanks = " \t" * 500_000
+    assert listing.read(f"10.9.0.0/16{blanks}\n{blanks}10.8.0.0/16{blanks}#{blanks}\n") == prefixes(
+        "10.8.0.0/16", "10.9.0.0/16"
+    )
+    assert listing.read(f"10.9.0.0/16{blanks}and\n") is None
+
+
 def test_lines() -> None:
     """Entries go with the lines that they stand on, as often as they stand there."""
     text = "# two\n10.9.0.0/16\n\n 10.8.0.0/16 # and\n10.9.0.0/16"
