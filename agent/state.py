@@ -202,7 +202,10 @@ def parse(written: str, path: Path) -> Policy:
         name = f"members {len(lists)}"
         lists[name] = found[1].replace(_BETWEEN, "\n")
         # A newline that stands anywhere else is none that `text` has written.
-        return f'members = ["file:{name}"]' if found[1].count("\n") == found[1].count(_BETWEEN) else found[0]
+        if found[1].count("\n") != found[1].count(_BETWEEN):
+            return found[0]
+        below = "\n" * found[0].count("\n")  # for warnings tell of lines
+        return f'members = ["file:{name}"{below}]'
 
     try:
         return parse_policy(_MEMBERS.sub(put_aside, written), path, lists)

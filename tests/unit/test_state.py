@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent import state
 from agent.addresses import Family, Prefix, Prefixes, parse_address
-from agent.model import Policy, Probe
+from agent.model import Kernel, Policy, Probe
 from agent.policy import PolicyError, load
 from agent.policy import parse as policy_of
 from tests.unit.values import INSIDE, OUTSIDE, identity, policies, policy, toml
@@ -85,6 +85,14 @@ def test_at_once(written: Policy, by_hand: str) -> None:
     assert state.parse(text, Path("applied.toml")) == policy_of(text, Path("applied.toml"))
     changed = re.sub(r"^members = \[[^]]*\]$", f"members = [\n    {by_hand}]", text, flags=re.MULTILINE)
     assert _or_faults(state.parse, changed) == _or_faults(policy_of, changed)
+
+
+def test_warnings_tell_the_lines_of_the_text() -> None:
+    """Members that are not read as TOML leave the lines behind them where they are."""
+    text = state.text(policy(INSIDE, OUTSIDE, kernel=Kernel(hook_priority=-150)))
+    line = text.splitlines().index("hook_priority = -150") + 1
+    (warning,) = state.parse(text, Path("applied.toml")).warnings
+    assert warning.startswith(f"applied.toml:{line}: kernel.hook_priority: ")
 
 
 def _or_faults(read: Callable[[str, Path], Policy], text: str) -> Policy | list[str]:
