@@ -81,7 +81,9 @@ def examine(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> 
         rules=rules,
         empty=_empty(rules, kernel.rtnl),
         foreign_routes=tuple(
-            route for identity in policy.identities for route in kernel.rtnl.foreign_routes(identity.table)
+            route
+            for table in sorted({identity.table for identity in policy.identities})
+            for route in kernel.rtnl.foreign_routes(table)
         ),
         chains=nft.chains,
         flowtables=nft.flowtables,

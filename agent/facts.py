@@ -39,8 +39,9 @@ def take_with_ours(policy: Policy, rtnl: Rtnl, nfnl: Nfnl, sysctls: Sysctls) -> 
     own = {identity.link for identity in policy.identities}
     links = _links(own, rtnl, sysctls)
     there = {link.name for link in links}
+    used = own & there
     survey = rtnl.survey()
-    routes = {route for route in survey.near if any(hop.link in own & there for hop in route.hops)}
+    routes = {route for route in survey.near if any(hop.link in used for hop in route.hops)}
     if policy.downstream is None:
         routes.update(survey.connected)
     else:

@@ -95,7 +95,8 @@ def look(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> Loo
     """
     facts, ours = host.take_with_ours(policy, kernel.rtnl, kernel.nfnl, kernel.sysctls)
     desired = desire(policy, facts, down)
-    foreign = tuple(route for each in policy.identities for route in kernel.rtnl.foreign_routes(each.table))
+    tables = sorted({identity.table for identity in policy.identities})  # those that share a way out share one
+    foreign = tuple(route for table in tables for route in kernel.rtnl.foreign_routes(table))
     observed = _observed(kernel, policy.kernel.nft_table, facts, ours, foreign)
     return Look(facts, desired, observed, plan(desired, observed))
 

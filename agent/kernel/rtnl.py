@@ -529,13 +529,17 @@ def _index_of(link: str) -> int | None:
 
 
 def _used(messages: Iterable[bytes]) -> list[_Routing]:
-    """Other people's unicast routes. Of those that routers advertise, without what the kernel doesn't use: whose time
-    is over, or beside which a router that is preferred has one.
+    """Other people's unicast routes of main. Of those that routers advertise, without what the kernel doesn't use:
+    whose time is over, or beside which a router that is preferred has one.
     """
     found = [
         message
         for message in map(_Routing.of, messages)
-        if message.kind == RTN_UNICAST and message.protocol != PROTOCOL and not _is_expired(message)
+        # IPv6 told of a table above 255 by its lower byte once (net/ipv6/route.c, rt6_fill_node): 510 looks like main.
+        if message.table_number == TABLE_MAIN
+        and message.kind == RTN_UNICAST
+        and message.protocol != PROTOCOL
+        and not _is_expired(message)
     ]
     best: dict[object, int] = {}
     for message in found:

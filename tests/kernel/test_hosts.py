@@ -14,7 +14,7 @@ from agent.addresses import Family
 from agent.desired import desire
 from agent.kernel import nft
 from agent.kernel.nfnl import Nfnl
-from agent.kernel.rtnl import Rtnl
+from agent.kernel.rtnl import RTM_TABLE, Rtnl, _Routing
 from agent.model import Count, Route
 from tests.kernel.admin import MEMBERS, Admin, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
@@ -333,6 +333,36 @@ def test_a_survey_finds_what_lies_among_many(admin: Admin, family: Family) -> No
     assert survey.ours == ours
     assert {route for route in by_wan if route not in near} & set(survey.connected)
     assert {route for route in survey.connected if route.hops[0].link == "wan"} < {*by_wan, *survey.near}
+
+
+class Truncating(Rtnl):
+    """Has a table's lower byte in the header, as IPv6 once had (net/ipv6/route.c, rt6_fill_node)."""
+
+    def _dump_routes(self, *args: Any, **filters: Any) -> list[bytes]:
+        return [
+            data[:RTM_TABLE] + bytes((_Routing.of(data).table_number & 0xFF,)) + data[RTM_TABLE + 1 :]
+            for data in super()._dump_routes(*args, **filters)
+        ]
+
+
+def test_a_table_whose_lower_byte_is_that_of_main(admin: Admin) -> None:
+    """A survey takes no other table's routes for main's, whatever byte the header has for a larger number."""
+    admin.host.ip_batch("route add 2001:db8:77::/48 dev wan table 510\nroute add ::/0 dev wan table 510")
+    with Rtnl() as rtnl, Truncating() as truncating:
+        survey = rtnl.survey()
+        assert truncating.survey() == survey
+    assert not any(route.table == 510 for route in (*survey.near, *survey.connected))
+
+
+def test_of_a_shared_table_a_foreign_route_is_told_once(admin: Admin) -> None:
+    """Identities that share a way out have one table, and what others put there is one thing to hear of."""
+    shared = {"link": "vpn0", "next_hop": "none", "addresses": []}
+    members = ({**shared, "members": [network]} for network in ("10.9.0.0/24", "10.8.0.0/24"))
+    text = policy_text(*members, kernel={"way_bits": 1})
+    admin.host.ip("route", "add", "10.5.0.0/16", "dev", "lan", "table", "4001")
+    with reconcile.opened() as kernel:
+        notes = reconcile.look(admin.write(text), kernel).notes
+    assert len([note for note in notes if "10.5.0.0/16" in note]) == 1
 
 
 @dataclass
