@@ -309,7 +309,8 @@ def _standing(
         absent = [str(address) for address in addresses if address not in there]
         notes = [f"{address} is on no link of this host" for address in absent[:NAMED]]
         if more := len(absent) - len(notes):
-            notes[-1] = f"{absent[NAMED - 1]} and {more} more addresses are on no link of this host"
+            others = "1 more address" if more == 1 else f"{more} more addresses"
+            notes[-1] = f"{absent[NAMED - 1]} and {others} are on no link of this host"
     if identity.probe and identity.probe.target in there:
         notes.append(f"the probe's target {identity.probe.target} is an address of this host: it proves nothing")
     ways = []

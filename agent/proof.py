@@ -120,7 +120,7 @@ def explain(
 
 def _claims_to_be_this_host(wanted: Wanted, packet: Packet) -> bool:
     """Whether the rule of `drop_own_sources` takes it, which is for IPv4 (ruleset.FROM_OUR_OWN)."""
-    return wanted.family is Family.IPV4 and packet.arriving is not None and int(packet.source) in wanted.local
+    return wanted.family is Family.IPV4 and packet.arriving not in {None, "lo"} and int(packet.source) in wanted.local
 
 
 class _Way:

@@ -158,14 +158,18 @@ def test_address_on_no_link() -> None:
     assert way(desired, "inside", IPV6).hops
 
 
-def test_many_addresses_on_no_link() -> None:
+@pytest.mark.parametrize(
+    ("last", "others"),
+    [pytest.param(200, "196 more addresses", id="many"), pytest.param(5, "1 more address", id="one-more")],
+)
+def test_many_addresses_on_no_link(last: int, others: str) -> None:
     """Of hundreds that no link has some are named, and the rest counted."""
-    own = [f"192.0.2.{number}" for number in range(1, 201)]
+    own = [f"192.0.2.{number}" for number in range(1, last + 1)]
     notes = desire(policy(identity("inside", 1, "vpn0", addresses=own)), host(link("vpn0", "192.0.2.1/32"))).notes
     assert [note.removeprefix("identity inside: ") for note in notes] == [
         "192.0.2.2 is on no link of this host",
         "192.0.2.3 is on no link of this host",
-        "192.0.2.4 and 196 more addresses are on no link of this host",
+        f"192.0.2.4 and {others} are on no link of this host",
     ]
 
 

@@ -73,6 +73,7 @@ def said(explanation: Explanation, what: str) -> list[str]:
     [
         pytest.param(packet("192.0.2.130", "198.51.100.10", "lan"), True, id="own-source"),
         pytest.param(packet("192.0.2.130", "198.51.100.10"), False, id="its-own-packet"),
+        pytest.param(packet("192.0.2.130", "203.0.113.2", "lo"), False, id="to-itself"),
         pytest.param(packet("10.9.0.5", "198.51.100.10", "lan"), False, id="a-member"),
         pytest.param(packet("2001:db8:4::130", "2001:db8:99::1", "lan"), False, id="ipv6"),
     ],
