@@ -170,7 +170,11 @@ def _each_stands_once(sources: Iterable[Source]) -> bool:
         count += source.count
         for key, column in source.prefixes.columns.items():
             columns.setdefault(key, []).append(column)
-    return count == sum(len(set[bytes]().union(*(column.each() for column in several))) for several in columns.values())
+    # Alone, a column is in order, each once.
+    return count == sum(
+        len(set[bytes]().union(*(column.each() for column in several))) if len(several) > 1 else len(several[0])
+        for several in columns.values()
+    )
 
 
 def _held(
