@@ -21,7 +21,7 @@ from agent.values import ListFile, parse_source
 
 T = TypeVar("T")
 
-#: The largest file that is read, policy or list: some three million prefixes.
+#: The largest file of others that is read, policy or list: some three million prefixes.
 FILE_LIMIT = 64 << 20
 #: What of a list is quoted when it is no prefix. A policy may name any file, and what stands in a secret one is not for
 #: whoever reads the faults.
@@ -38,20 +38,20 @@ class UnreadableError(Exception):
         self.line = line
 
 
-def read_text(path: Path) -> str:
-    """The text of a policy or a list. Raises UnreadableError."""
+def read_text(path: Path, *, ours: bool = False) -> str:
+    """The text of a policy or a list; of any size if it is one of `ours`. Raises UnreadableError."""
     try:
         # Asked before it is opened: opening a FIFO waits for its writer.
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise UnreadableError("is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
         with path.open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
+            data = file.read(None if ours else FILE_LIMIT + 1)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UnreadableError("cannot be read: a NUL is in its name") from error
-    if len(data) > FILE_LIMIT:
+    if len(data) > FILE_LIMIT and not ours:
         raise UnreadableError(f"is larger than {FILE_LIMIT >> 20} MiB")
     if data.startswith(b"\xef\xbb\xbf"):
         raise UnreadableError("begins with a byte order mark: save it as UTF-8 without one", line=1)

@@ -186,7 +186,7 @@ def text(policy: Policy) -> str:
 def read(path: Path) -> Policy:
     """The policy of a file that `text` is in. Raises PolicyError, with every fault that there is."""
     try:
-        return parse(read_text(path), path)
+        return parse(read_text(path, ours=True), path)  # all lists in one, each at the limit perhaps
     except UnreadableError:
         return load_policy(path)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import state
+from agent import draft, state
 from agent.addresses import Family, Prefix, Prefixes, parse_address
 from agent.model import Kernel, Policy, Probe
 from agent.policy import PolicyError, load
@@ -76,6 +76,14 @@ def test_a_hundred_thousand_members() -> None:
     members = Prefixes.of(Prefix(Family.IPV4, 0x0A000000 + 2 * number, 32) for number in range(100_000))
     kept = through_the_door(state.text(policy(replace(INSIDE, members=members), OUTSIDE)))
     assert kept.identity("inside").members == members
+
+
+def test_larger_than_any_list_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came in by several lists, each as large as may be, comes back from the one file that it is kept in."""
+    text = state.text(policy(INSIDE, OUTSIDE))
+    (tmp_path / state.NAME).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(draft, "FILE_LIMIT", len(text) - 1)
+    assert state.text(state.read(tmp_path / state.NAME)) == text
 
 
 @given(policies(), st.sampled_from(['"10.0.0.0/8", "10.0.0.0/9"', '"10.0.0.0/8"\n', '"10.0.0.0/8",\n    "nothing",\n']))
