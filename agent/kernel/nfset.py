@@ -25,7 +25,6 @@ from agent.model import ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17
-NFNL_BATCH_GENID = 1
 #: nfgenmsg of a batch: no family, and the subsystem that it is for.
 NFGENMSG_BATCH = struct.pack(">BBH", 0, 0, NFNL_SUBSYS_NFTABLES)
 
@@ -45,16 +44,7 @@ REASONS = {
     errno.ENFILE: "the set is full",
     errno.ENOENT: "the table, the set or an element is not there",
     errno.EEXIST: "an element is there already",
-    errno.ERESTART: "somebody else changed the ruleset",
 }
-
-
-class StaleError(KernelError):
-    """Nothing was done: what the kernel has is not what the change was made for. Read it, and make the change anew."""
-
-
-class FullError(KernelError):
-    """Nothing was done: a set would hold more than its `size`, what goes in the same transaction left out."""
 
 
 class Nfset:
@@ -75,14 +65,12 @@ class Nfset:
     ) -> None:
         self._netlink.close()
 
-    def commit(self, table: str, changes: Sequence[ElementChange], generation: int | None = None) -> None:
-        """Make all the changes in one transaction, or none of them.
-
-        With `generation` only if nobody committed anything since. Raises StaleError if somebody did, for a key that is
-        not there to be deleted, and for one that is there already; raises FullError. KernelError besides: "Message too
-        long" if one send has no room for so much.
+    def commit(self, table: str, changes: Sequence[ElementChange]) -> None:
+        """Make all the changes in one transaction, or none of them: for a key that is not there to be deleted, and for
+        one that is there already; where a set would hold more than its `size`, what goes in the same transaction left
+        out; and "Message too long" if one send has no room for so much.
         """
-        self._send(f"change elements in nft table inet {table}", transaction(table, changes, generation))
+        self._send(f"change elements in nft table inet {table}", transaction(table, changes))
 
     def change(self, table: str, changes: Sequence[ElementChange]) -> int:
         """Make all the changes, in as many transactions as it takes for nothing to be wrong between them; how many.
@@ -106,14 +94,7 @@ class Nfset:
         answers = self._netlink.post(doing, messages) if messages else {0: 0}
         code = next((code for _, code in sorted(answers.items()) if code), 0)
         if code:
-            why = f"{REASONS[code]} ({os.strerror(code)})" if code in REASONS else os.strerror(code)
-            match code:
-                case errno.ERESTART | errno.ENOENT | errno.EEXIST:
-                    raise StaleError(doing, why)
-                case errno.ENFILE:
-                    raise FullError(doing, why)
-                case _:
-                    raise KernelError(doing, why)
+            raise KernelError(doing, f"{REASONS[code]} ({os.strerror(code)})" if code in REASONS else os.strerror(code))
         if not answers:
             raise KernelError(doing, "no answer")
 
@@ -173,7 +154,7 @@ def _batched(changes: Iterable[ElementChange], size: int) -> Iterator[tuple[Elem
         yield tuple(batch)
 
 
-def transaction(table: str, changes: Sequence[ElementChange], generation: int | None = None) -> list[Message]:
+def transaction(table: str, changes: Sequence[ElementChange]) -> list[Message]:
     """The messages of one batch: what goes before what comes, so that a key may do both. None without a change.
 
     An acknowledgement is asked for at the last message with elements: at the end of a batch only Linux 6.10 gives one.
@@ -189,9 +170,8 @@ def transaction(table: str, changes: Sequence[ElementChange], generation: int | 
     if not messages:
         return []
     messages[-1] = messages[-1]._replace(flags=messages[-1].flags | NLM_F_ACK)
-    since = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""
     return [
-        Message(NFNL_MSG_BATCH_BEGIN, 0, NFGENMSG_BATCH + since),
+        Message(NFNL_MSG_BATCH_BEGIN, 0, NFGENMSG_BATCH),
         *messages,
         Message(NFNL_MSG_BATCH_END, 0, NFGENMSG_BATCH),
     ]

@@ -147,7 +147,7 @@ def test_reload(machine: Machine) -> None:
     """systemctl reload takes the changed policy; a faulty one is told in the journal, and changes nothing."""
     pid = main_pid(machine)
     machine.run("sed -i 's/10.10.0.0/10.11.0.0/' /etc/idmark/policy.toml && systemctl reload idmark")
-    machine.wait("nft list ruleset | grep -q 10.11.0.0/24")
+    machine.wait("nft list map inet idmark sources-ipv4-24 | grep -q 10.11.0.0")
     before = ours(machine)
     machine.run("cp /etc/idmark/policy.toml /good; sed -i 's/id = 2/id = 99/' /etc/idmark/policy.toml")
     machine.run("systemctl reload idmark")

@@ -54,16 +54,9 @@ def test_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("generation", [1, 0x01020304])
-def test_generation(generation: int) -> None:
-    """The generation that a change is made for stands in the batch's beginning, big-endian."""
-    begin = transaction("idmark", [change("m", ipv4(0, 1), NONE)], generation)[0]
-    assert attributes(begin.body[4:]) == {1: generation.to_bytes(4, "big")}
-
-
 def test_nothing() -> None:
     """Without a change there is no batch."""
-    assert transaction("idmark", [], 7) == transaction("idmark", [change("m", NONE, NONE)], 7) == []
+    assert transaction("idmark", []) == transaction("idmark", [change("m", NONE, NONE)]) == []
 
 
 @given(st.integers(0, 10_000), st.sampled_from(Family))
@@ -101,7 +94,7 @@ def test_lengths_of_others(key: str, element: tuple[str, str]) -> None:
 def test_frame() -> None:
     """A batch with the longest names and the most elements of a transaction has less besides them than is kept free."""
     count = nfset.TRANSACTION
-    messages = transaction("t" * 255, [ElementChange("m" * 255, "ipv6_addr", (), (LONGEST,) * count)], 7)
+    messages = transaction("t" * 255, [ElementChange("m" * 255, "ipv6_addr", (), (LONGEST,) * count)])
     assert sum(16 + len(message.body) for message in messages) <= nfset.ELEMENT_ROOM * count + nfset.FRAME_ROOM
 
 
