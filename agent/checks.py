@@ -121,6 +121,13 @@ def _early_hook(draft: Draft) -> Iterator[Fault]:
         )
 
 
+def _empty_lists(draft: Draft) -> Iterator[Fault]:
+    """An export that was cut short would open everybody who was on it."""
+    for source in draft.sources:
+        if source.file != draft.file and not source.count:
+            yield Fault(source.file, None, source.path, "holds no prefix")
+
+
 def _shared_links(draft: Draft) -> Iterator[Fault]:
     """What tells two identities on one link apart is the next hop; and the link's own addresses are one's."""
     hops: dict[tuple[str, Family, str], str] = {}
@@ -307,4 +314,4 @@ CHECKS: tuple[_Check, ...] = (
 )
 
 #: What an operator should hear of, and what refuses nothing.
-WARNINGS: tuple[_Check, ...] = (_late_priorities, _early_hook)
+WARNINGS: tuple[_Check, ...] = (_late_priorities, _early_hook, _empty_lists)

@@ -12,10 +12,12 @@ from agent.fights import WINDOW, Fights
 from agent.kernel import KernelError
 from agent.ledger import Ledger, Repair
 from agent.metrics import Metrics
-from agent.plan import Load, Step, kind
+from agent.plan import Change, Load, Step, kind
 
 #: How many of a pass's changes a line names.
 NAMED = 3
+#: So many elements that are changed together are named.
+ELEMENTS = 8
 #: What to do about an opponent, by the kind of thing that is fought for.
 ADVICE = {
     "rule": "systemd-networkd deletes other programs' rules unless it is told not to (deploy/networkd), and some VPN "
@@ -110,6 +112,8 @@ class Chronicle:
 
 def words(step: Step) -> str:
     """What a step puts right, in one line of its own."""
+    if isinstance(step, Change) and (count := sum(len(each.gone) + len(each.new) for each in step.changes)) > ELEMENTS:
+        return f"nft table inet {step.table}, {count} elements"
     lines = list(step.lines())
     if isinstance(step, Load) and len(lines) > 1:
         return f"nft table inet {step.table}, {len(lines)} commands"

@@ -55,10 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     args = _parser().parse_args(argv)
-    # A unit that is stopped, or a terminal that hangs up, in the middle of an apply: what was begun is taken back.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
     try:
+        # A unit that is stopped, a terminal that hangs up, or Ctrl-C in the middle of an apply: what was begun is taken
+        # back. Who ignores Ctrl-C (nohup does) goes on doing so.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _collecting(args.verb in LASTING):
             code: int = args.run(args)
         if sys.stdout:  # closed by whoever started us: then there is nobody to read either
@@ -590,7 +593,7 @@ def _kernel(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from agent.reconcile import opened  # noqa: PLC0415
 
     if not _may_administer():
-        raise UsageError(f"{args.verb} reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)")
+        raise UsageError(f"{args.verb} looks at the kernel's network state: it needs CAP_NET_ADMIN (sudo)")
     if args.netns is not None:  # an empty name is a script's mistake, and not this namespace
         netns.enter(args.netns)
     return opened()
@@ -642,6 +645,10 @@ def _against(args: argparse.Namespace) -> int:
     if args.json and args.format:
         raise UsageError("plan: either --json or --format")
     policy = _policy(args, quiet=args.json)
+    if args.against == APPLIED and args.netns is not None:  # what was in force there
+        from agent.kernel import netns  # noqa: PLC0415
+
+        netns.enter(args.netns)
     before = _approved() if args.against == APPLIED else load(Path(args.against))
     if before is None:
         raise UsageError("plan --against applied: no policy has been in force here yet")

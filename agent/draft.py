@@ -143,9 +143,11 @@ class Draft:
                 yield self._list(name, index, member)
 
     def _inline(self, name: str, key: Literal["addresses", "members"], prefixes: dict[int, Prefix]) -> Source:
+        lines = self.lines  # and not the draft, which would keep itself and all its lists: a daemon reads them for ever
+
         def located() -> Iterator[tuple[int, Prefix]]:
-            lines = (self.lines.of(("identity", name, key, index)) or 0 for index in prefixes)
-            return zip(lines, prefixes.values(), strict=True)
+            numbers = (lines.of(("identity", name, key, index)) or 0 for index in prefixes)
+            return zip(numbers, prefixes.values(), strict=True)
 
         return Source(name, key, self.file, Prefixes.of(prefixes.values()), len(prefixes), located)
 

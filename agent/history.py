@@ -179,7 +179,9 @@ def before(digest: str) -> Entry | None:
 
 
 def policy_of(entry: Entry) -> Policy:
-    """The policy of an apply. Raises PolicyError."""
+    """The policy of an apply. Raises PolicyError, and StateError for one that had none: its file was faulty."""
+    if not entry.policy:
+        raise StateError(f"apply {entry.number} has no policy to go back to: it was refused for faults of its file")
     return state.read(_path() / f"{entry.number:04}.{POLICY}")
 
 

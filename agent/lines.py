@@ -21,7 +21,7 @@ Encoder = Callable[[Collector], bytes]
 _labels, _value = attrgetter("labels"), attrgetter("value")
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 12)
 def _end(value: float) -> str:
     """What stands behind a line's head."""
     return f" {floatToGoString(value)}\n"  # type: ignore[no-untyped-call]

@@ -97,11 +97,13 @@ def explain(
     mark = identity.fwmark.value
     found = _Way(wanted, loaded.artefact, packet) if loaded else way
     steps.append(("mark", _written(found, mark, mask, loaded.strange if loaded else ())))
+    # Then the kernel may well agree: it is asked about the mark that is wanted.
+    astray = loaded is not None and bool(loaded.strange or found.mark & mask != mark)
     answer = loaded.ask(packet, way.asked & mask) if loaded else None
     if way.fate.what == LOCAL:
         steps.append(("rule", "priority 0 from all lookup local: it is for this host"))
         agreed = answer.table == TABLE_LOCAL if answer else None
-        return Explanation(packet, identity.name, (*steps, *_verdict(agreed, answer)), agreed)
+        return Explanation(packet, identity.name, (*steps, *_verdict(agreed, answer)), agreed and not astray)
     foreign = tuple(_foreign_first(way.attempts, found.attempts))
     rules = [attempt.rule for attempt in way.attempts if attempt.rule.table == identity.table]
     steps += [("rule", words) for words in _rules(rules, loaded, f"{family} is not {identity.name}'s own")]
@@ -113,9 +115,11 @@ def explain(
     steps += [("out", words) for words in way.out(route)]
     agreed = agrees(way.fate, identity.table, answer) if answer else None
     steps += _verdict(agreed, answer)
-    if agreed is False and answer:
+    if astray:
+        steps.append(("remedy", "what is loaded is not what is wanted: idmark plan shows it, idmark apply mends it"))
+    elif agreed is False and answer:
         steps.append(("remedy", _remedy(packet, bool(foreign), answer.table == identity.table, identity.table)))
-    return Explanation(packet, identity.name, tuple(steps), agreed)
+    return Explanation(packet, identity.name, tuple(steps), agreed and not astray)
 
 
 def _claims_to_be_this_host(wanted: Wanted, packet: Packet) -> bool:
@@ -148,8 +152,8 @@ class _Way:
         left = {**self._given, "mark": mark, "oif": _link(self.fate)}
         self._left = Walker(wanted.family, Given.of(**left))
         self._passed = self.fate.what != OUT or self._hooks.call("postrouting", self._left)
-        # One that is on its own road already gets its mark as it leaves.
-        self.trail: tuple[Step, ...] = (*arrived.trail, *self._left.trail)
+        # One that is on its own road already gets its mark as it leaves; as all do once more that are translated.
+        self.trail: tuple[Step, ...] = tuple(arrived.trail if mark else self._left.trail)
         self.mark = self._left.mark.of(mark)
         # What this host sends is looked up before it has a mark, and again after it got one.
         lookups = (_up_to_fate(tables.attempts(arrived.given, each)) for each in self._marks(mark))

@@ -98,7 +98,7 @@ def text(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"  link       {identity['link']}, {identity['link_state']}"
         yield f"  addresses  {', '.join(identity['addresses']) or 'none'}"
         if identity["members"]:
-            yield f"  members    {identity['members']} prefixes"
+            yield f"  members    {identity['members']} prefix{'es' * (identity['members'] != 1)}"
         for family, state in identity["families"].items():
             now = ("open, " if state["open"] else "CLOSED, ") if state["in_force"] else "NOT IN FORCE, wanted: "
             yield f"  {family:<9}  {now}{state['way']}"

@@ -123,6 +123,16 @@ def test_netns_names_where(admin: Admin, peers: Peers) -> None:
     assert "proto 73" not in elsewhere.ip("-N", "rule")
 
 
+def test_against_what_was_applied_there(admin: Admin, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan --against applied --netns` compares with the policy of that namespace, and not with this one's."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(admin.directory / "state"))
+    lay_links(peers("elsewhere"), peers("beyond"))
+    assert admin.idmark("apply", "--netns", "elsewhere").returncode == 0
+    there = admin.idmark("plan", "--against", "applied", "--netns", "elsewhere")
+    assert (there.returncode, there.stderr) == (0, "")
+    assert admin.idmark("plan", "--against", "applied").returncode == 2
+
+
 @pytest.mark.parametrize("name", ["nowhere", "../netns/far", "", "."])
 def test_an_unknown_netns_is_refused(admin: Admin, name: str) -> None:
     """A namespace that there isn't gives 2 and one line, and is not made."""
@@ -313,4 +323,4 @@ def test_without_the_privilege_it_says_so(admin: Admin) -> None:
     words = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin", *admin.command("plan")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "idmark: plan reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)\n"
+    assert done.stderr == "idmark: plan looks at the kernel's network state: it needs CAP_NET_ADMIN (sudo)\n"

@@ -296,7 +296,7 @@ def test_privileges(idmark: Idmark, verb: str) -> None:
     ran = subprocess.run(
         [*drop, *command("-c", "policy.toml", verb, *VERBS.get(verb, []))], capture_output=True, text=True, check=False
     )
-    words = f"idmark: {verb} reads and changes the kernel's network state: it needs CAP_NET_ADMIN (sudo)\n"
+    words = f"idmark: {verb} looks at the kernel's network state: it needs CAP_NET_ADMIN (sudo)\n"
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", words)
 
 
@@ -351,6 +351,24 @@ def test_a_good_policy_is_read_without_pydantic(tmp_path: Path, verb: str) -> No
     """pydantic has the words for a policy with faults: one without is not kept waiting for it, nor for the kernel."""
     (tmp_path / "policy.toml").write_text(GOOD)
     assert (HEAVY - {"agent.model"}).isdisjoint(imported("-c", str(tmp_path / "policy.toml"), verb))
+
+
+@pytest.mark.parametrize("room", ["argparse", "agent.policy"])
+def test_interrupted_at_the_start(tmp_path: Path, room: str) -> None:
+    """Ctrl-C while rooms are imported ends it without a traceback: by the signal, or with the code that says so."""
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {room!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv[1:] = ['-c', 'nowhere.toml', 'check']\n"
+        "from agent.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"], ["--version"]])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from agent.addresses import Family
+from agent.addresses import Addresses, Family
+from agent.chronicle import words
 from agent.keeper import told_apart
-from agent.model import Rule
-from agent.plan import AddRoute, AddRule, Load, SetSrcValidMark, Step
+from agent.model import ElementChange, Rule
+from agent.plan import AddRoute, AddRule, Change, Load, SetSrcValidMark, Step
 from tests.unit import values
 
 ROUTE = AddRoute(values.last_route(Family.IPV4, 4001))
@@ -32,3 +33,10 @@ def test_told_apart(as_before: bool, moved: bool, undone: list[Step]) -> None:
     """
     followed = [step for step in ALL if step not in undone]
     assert told_apart(ALL, as_before=as_before, moved=moved) == (undone, followed)
+
+
+def test_many_elements_in_few_words() -> None:
+    """A repair of a long list is one short line of the log."""
+    held = Addresses.of(Family.IPV4, range(100_000))
+    change = Change("idmark", (ElementChange("id-inside-ipv4-32", "ipv4_addr", (), held),))
+    assert words(change) == "nft table inet idmark, 100000 elements"

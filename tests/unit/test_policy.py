@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.addresses import Prefix, Prefixes
-from agent.draft import FAULTS_PER_LIST, FILE_LIMIT
+from agent.draft import FAULTS_PER_LIST, FILE_LIMIT, Draft
 from agent.model import Fwmark, Identity, Kernel, Policy, Probe
 from agent.policy import Fault, PolicyError, load
 from agent.schema import Document, IdentityTable, KernelTable, ProbeTable, schema
@@ -1074,6 +1076,20 @@ def test_long_list(write: Write) -> None:
     assert [*members][1:] == [*map(Prefix.parse, lines)]
 
 
+@pytest.mark.parametrize("line", ["10.77.0.0/16", "nothing"])
+def test_nothing_is_kept_of_what_was_read(write: Write, line: str) -> None:
+    """A daemon reads its policy again and again: no draft, with all its lists, is left to the collector of cycles."""
+    path = write(engineering=f"{line}\n")
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(PolicyError):
+            load(path)
+        assert not [each for each in gc.get_objects() if isinstance(each, Draft)]
+    finally:
+        gc.enable()
+
+
 def test_fault_of_an_unprintable_file() -> None:
     """A file's name cannot write on the reader's terminal what isn't there."""
     assert str(Fault("a\x1b[2J\n", 3, "gateway", "is missing")) == r'"a\u001b[2J\n":3: gateway: is missing'
@@ -1108,6 +1124,12 @@ def test_fault_of_an_unprintable_file() -> None:
 def test_warnings(write: Write, kernel: str, warnings: list[str]) -> None:
     """What works but hurts is told like a fault, and refuses nothing."""
     assert list(load(write(changed(("enforce = true", kernel)))).warnings) == warnings
+
+
+def test_empty_list(write: Write) -> None:
+    """A list that holds nothing, as an export does that was cut short, is told: it opens whoever was on it."""
+    path = write(engineering="# nobody any more\n")
+    assert load(path).warnings == ("lists/engineering.txt: identity.inside.members: holds no prefix",)
 
 
 # --- the digest ------------------------------------------------------------------------------------------------------

@@ -325,6 +325,31 @@ def test_what_is_loaded_is_told() -> None:
     ):
         steps = explain(BOTH, GATEWAY, rendered, sent, loaded)
         assert said(steps, "mark") == [f"NOT SO: 0x1000000/0x3f000000 is wanted, and {why}"]
+        assert steps.agrees is False
+
+
+def test_a_mark_that_is_not_written_is_no_agreement() -> None:
+    """The kernel may agree about the mark that is wanted; a packet that doesn't get it goes another way."""
+    sent, rendered = packet("192.0.2.130", "198.51.100.10"), read(render.files(BOTH))
+    steps = explain(
+        BOTH, GATEWAY, rendered, sent, Loaded(replace(rendered, chains={}), (), lambda *_: Lookup(4001, "vpn0"))
+    )
+    assert said(steps, "kernel") == ["agrees: dev vpn0 table 4001"]
+    assert (steps.agrees, len(said(steps, "remedy"))) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    ("sent", "hook"),
+    [
+        pytest.param(packet("10.9.0.5", "198.51.100.10", "lan"), "prerouting", id="forwarded"),
+        pytest.param(packet("192.0.2.130", "198.51.100.10"), "postrouting", id="at-home"),
+    ],
+)
+def test_where_the_mark_is_written(sent: Packet, hook: str) -> None:
+    """The hook is told that wrote the mark which chose the route, also of packets that are translated."""
+    translated = desire(policy(replace(INSIDE, masquerade=True), OUTSIDE), GATEWAY)
+    (words,) = said(explained(sent, translated), "mark")
+    assert f"written in hook {hook}" in words
 
 
 @pytest.mark.parametrize(

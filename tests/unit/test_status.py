@@ -131,7 +131,7 @@ def test_notes_and_members_for_a_person() -> None:
     """An own address that is nowhere is noted; members are counted; no address is said to be none."""
     lines = list(text(reported(looked(host(LO, WAN)))))
     assert "  note       192.0.2.130 is on no link of this host" in lines
-    assert "  members    1 prefixes" in lines
+    assert "  members    1 prefix" in lines
     assert "  link       vpn0, absent" in lines
     assert "  addresses  none" in list(text(reported(looked(host(LO)))))
 
