@@ -175,11 +175,11 @@ class Addresses(Sequence[tuple[str, str]]):
         return bisect_left(range(len(self)), key, lo=first, key=lambda at: self.packed[at * size : (at + 1) * size])
 
     def each(self) -> Iterator[bytes]:
-        """They packed, one by one, by no code of Python's for each."""
+        """Packed, one by one, by no code of Python's for each."""
         return chain.from_iterable(struct.iter_unpack(f"{self.family.bits // 8}s", self.packed))
 
     def numbers(self) -> Iterator[int]:
-        """They as integers."""
+        """As integers."""
         return map(int.from_bytes, self.each())  # in network byte order, its default
 
     def number(self, place: int) -> int:
@@ -188,7 +188,7 @@ class Addresses(Sequence[tuple[str, str]]):
         return int.from_bytes(self.packed[place * size : (place + 1) * size], "big")
 
     def texts(self) -> Iterator[str]:
-        """They in their usual text."""
+        """In their usual text."""
         return map(socket.inet_ntop, repeat(self.family.number), self.each())
 
     def __len__(self) -> int:

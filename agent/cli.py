@@ -519,8 +519,8 @@ def _address(text: str) -> Address:
 
 def remove(args: argparse.Namespace) -> int:
     """Take away all that is ours. Needs no policy."""
-    from agent import reconcile, state, trial  # noqa: PLC0415
-    from agent.kernel import runtime  # noqa: PLC0415
+    from agent import reconcile, source, state, trial  # noqa: PLC0415
+    from agent.kernel import known, runtime  # noqa: PLC0415
 
     with _kernel(args) as kernel, runtime.lock("remove"):
         pid = runtime.daemon_pid()
@@ -529,6 +529,8 @@ def remove(args: argparse.Namespace) -> int:
         gone = reconcile.remove(kernel)
         trial.forget()
         state.forget()
+        source.forget()
+        known.forget()
         unknown = kernel.sysctls.notes
     print(gone.text, end="")
     print("removed" if gone.steps else "nothing of idmark's is here")

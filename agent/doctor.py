@@ -41,6 +41,7 @@ CHECKS: Mapping[str, Callable[[Desired, Host], Iterator[Symptom]]] = {
     "accept-ra": settings.deaf_to_routers,
     "mtu": settings.unclamped,
     "containers": settings.containers_not_downstream,
+    "members-behind": settings.members_behind_a_router,
     "conntrack": settings.connections_full,
     "networkd": settings.networkd_deletes,
     "networkmanager": settings.network_manager_tables,

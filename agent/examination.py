@@ -7,11 +7,12 @@ import pwd
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from agent import IdmarkError, ruleset, state
 from agent import facts as host_facts
-from agent.addresses import Address
+from agent.addresses import Address, Family, Prefix, address_text, parse_address
 from agent.desired import NOBODY, Desired, desire
 from agent.host import Host, KeptFile, Listener, conf, is_hosts_own_business
 from agent.kernel import KernelError, runtime
@@ -22,7 +23,8 @@ from agent.kernel.rtnl import Rtnl
 from agent.kernel.settings import number, port_range
 from agent.kernel.sockets import inodes, listeners
 from agent.managers import network_manager, networkd
-from agent.model import LOOKUP, TABLE_MAIN, Facts, Policy, Rule
+from agent.model import LOOKUP, TABLE_MAIN, Facts, Lookup, Policy, Rule
+from agent.prefixes import outermost
 from agent.reconcile import Seams
 from agent.symptoms.routing import TABLE_LOCAL
 from agent.symptoms.settings import NETWORK_MANAGER, NETWORKD
@@ -53,6 +55,8 @@ FEATURES: Mapping[str, str] = {
     "source translation (nft_nat)": "chain c { type nat hook postrouting priority 95; snat ip to 192.0.2.1; }",
     "clamping of segments (nft_exthdr, nft_rt)": "chain c { tcp flags syn tcp option maxseg size set rt mtu; }",
 }
+#: Of so many identities, and of so many networks of each one's members, it is asked where they are.
+ASKED = 32
 #: The user that the service runs as.
 AGENT = "idmark"
 
@@ -85,6 +89,7 @@ def examine(policy: Policy, kernel: Seams, down: Mapping[str, str] = NOBODY) -> 
             for table in sorted({identity.table for identity in policy.identities})
             for route in kernel.rtnl.foreign_routes(table)
         ),
+        to_members=tuple(_to_members(desired, kernel.rtnl)),
         chains=nft.chains,
         flowtables=nft.flowtables,
         legacy=legacy(),
@@ -125,6 +130,16 @@ def _refusal(nft: Nft, text: str) -> str:
 def _empty(rules: Iterable[tuple[Rule, bool]], rtnl: Rtnl) -> frozenset[int]:
     tables = {rule.table for rule, ours in rules if not ours and rule.action == LOOKUP} - KERNELS
     return frozenset(table for table in tables if rtnl.is_empty(table))
+
+
+def _to_members(desired: Desired, rtnl: Rtnl) -> Iterator[tuple[str, Prefix, Lookup]]:
+    """Where main leads to the first networks of each identity's members, by their first host."""
+    for family in Family:
+        for standing in desired.standings[:ASKED]:
+            for network in islice(outermost(family, [standing.identity.members]), ASKED):
+                if network.length:
+                    first = network.address + (network.length < family.bits)
+                    yield standing.identity.name, network, rtnl.lookup(parse_address(address_text(family, first)))
 
 
 def _local(waiting: Iterable[Listener], facts: Facts, rtnl: Rtnl) -> frozenset[Address]:

@@ -6,8 +6,8 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from agent.addresses import Address
-from agent.model import Facts, Hook, Route, Rule
+from agent.addresses import Address, Prefix
+from agent.model import Facts, Hook, Lookup, Route, Rule
 
 #: All bits of a packet mark.
 EVERY_BIT = 0xFFFFFFFF
@@ -129,7 +129,8 @@ class Host:
     """Everything that the doctor looks at.
 
     `rules` are all policy routing rules in the kernel's order with whether they are ours; `empty` the tables which
-    foreign rules look up and which hold nothing; `foreign_routes` what others have in our tables. `legacy` are tables
+    foreign rules look up and which hold nothing; `foreign_routes` what others have in our tables; `to_members` some
+    networks of members with whose they are and where main leads to them. `legacy` are tables
     of iptables-legacy with their families. `local` are addresses that are this host's besides its links' (local
     routes). `programs` are the names of processes in this network namespace. `sysctls` go by their path below
     /proc/sys. `missing` is what the kernel can't do, with its own words. `ephemeral` are the ports that clients get,
@@ -141,6 +142,7 @@ class Host:
     rules: tuple[tuple[Rule, bool], ...] = ()
     empty: frozenset[int] = frozenset()
     foreign_routes: tuple[Route, ...] = ()
+    to_members: tuple[tuple[str, Prefix, Lookup], ...] = ()
     chains: tuple[NftChain, ...] = ()
     flowtables: tuple[Flowtable, ...] = ()
     legacy: tuple[str, ...] = ()

@@ -29,6 +29,11 @@ def handed_over() -> Policy | None:
     return state.read(path) if path.exists() else None
 
 
+def forget() -> None:
+    """Nothing is left to the daemon any more. Raises KernelError."""
+    runtime.withdraw(APPLIED)
+
+
 def _place() -> Path:
     return runtime.directory() / APPLIED
 

@@ -55,6 +55,11 @@ def left() -> Known | None:
         return None
 
 
+def forget() -> None:
+    """Nothing is left to the next process any more. Raises KernelError."""
+    runtime.withdraw(NAME)
+
+
 def dump(known: Known, boot: str) -> bytes:
     """As bytes: the addresses one set after the other behind a line of JSON, and their digest before all."""
     sets = [(name, addresses.family, len(addresses)) for name, addresses in known.sets.items()]

@@ -174,6 +174,26 @@ def containers_not_downstream(desired: Desired, host: Host) -> Iterator[Symptom]
             )
 
 
+def members_behind_a_router(desired: Desired, host: Host) -> Iterator[Symptom]:
+    """Members that main finds behind another router, where "auto" knows connected networks alone.
+
+    What comes back for them by an identity's link has no route in its table but out by it again.
+    """
+    if desired.policy.downstream is not None:
+        return
+    own = {standing.identity.link for standing in desired.standings}
+    behind = [each for each in host.to_members if each[2].via and each[2].link not in own]
+    for link in dict.fromkeys(road.link for _, _, road in behind):
+        there = [each for each in behind if each[2].link == link]
+        _, network, road = there[0]
+        yield Symptom(
+            f"members of {some(dict.fromkeys(name for name, _, _ in there))} are behind another router, and no "
+            "identity's table has the way to them: answers from the wild side go back there",
+            f'ip route get, {network}: {road}; downstream = "auto" is the connected networks',
+            f'in the policy: downstream = ["{link}"], with the other links that have hosts behind them',
+        )
+
+
 def connections_full(desired: Desired, host: Host) -> Iterator[Symptom]:
     """The connection table: when it is full new connections are dropped, whoever's."""
     del desired

@@ -406,6 +406,18 @@ def test_own_sources(patient: Patient) -> None:
     assert "spares nobody" in patient.only("own-sources").what
 
 
+def test_members_behind_another_router(patient: Patient) -> None:
+    """Members that main reaches through a router on the LAN are found, until the policy names the link."""
+    patient.admin.apply(policy_text({"members": ["10.77.0.0/16"]}))
+    patient.host.ip("route", "add", "10.77.0.0/16", "via", "10.9.0.7", "dev", "lan")
+    found = patient.only("members-behind")
+    assert found.what.startswith("members of inside are behind another router")
+    assert "10.77.0.0/16: via 10.9.0.7 dev lan table 254" in found.evidence
+    assert found.remedy.startswith('in the policy: downstream = ["lan"]')
+    patient.admin.apply(policy_text({"members": ["10.77.0.0/16"]}, downstream=["lan"]))
+    assert patient.findings() == ()
+
+
 @pytest.mark.parametrize(
     ("sysctl", "setting"),
     [

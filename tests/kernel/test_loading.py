@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import facts, reconcile, render, ruleset
+from agent import facts, reconcile, render, ruleset, source
 from agent.desired import Desired, desire
 from agent.kernel import known, runtime
 from agent.kernel.nfnl import TRUSTED, Nfnl
@@ -131,6 +131,16 @@ def test_known_to_the_next_process(admin: Admin) -> None:
         "id-inside-ipv4-32",
         "id-outside-ipv4-32",
     }
+
+
+def test_nothing_is_left_after_remove(admin: Admin) -> None:
+    """remove takes along what apply has left to others: what large sets hold, and the policy for a daemon."""
+    admin.write(LARGE)
+    assert admin.idmark("apply", "--yes").returncode == 0
+    assert known.left()
+    assert source.handed_over()
+    assert admin.idmark("remove").returncode == 0
+    assert (known.left(), source.handed_over()) == (None, None)
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"nothing of ours"])

@@ -12,7 +12,7 @@ from agent.addresses import Family, Prefix, parse_address
 from agent.desired import desire
 from agent.doctor import CHECKS, Finding, findings, text
 from agent.host import EVERY_BIT, Flowtable, Host, KeptFile, Listener, MarkWrite, NftChain, ReverseCheck, Setting, conf
-from agent.model import Facts, Fwmark, Hook, Kernel, Policy, Rule
+from agent.model import Facts, Fwmark, Hook, Kernel, Lookup, Policy, Rule
 from agent.neighbours import NEIGHBOURS, traces, words
 from tests.unit.values import (
     DEFAULTS,
@@ -98,6 +98,12 @@ ILL: dict[str, tuple[Host, Policy]] = {
     "containers": (
         replace(WELL, facts=host(LO, WAN, VPN, LAN, link("docker0", "172.17.0.1/16"), routes=DEFAULTS)),
         policy(CLAMPED, OUTSIDE, downstream=["lan"]),
+    ),
+    "members-behind": (
+        replace(
+            WELL, to_members=(("inside", Prefix.parse("10.9.0.0/24"), Lookup(254, "lan", parse_address("10.9.0.7"))),)
+        ),
+        BOTH,
     ),
     "conntrack": (
         replace(
