@@ -9,17 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.addresses import Address, Family, Prefix, Prefixes
-from tests.unit.values import prefixes
-
-
-@st.composite
-def any_prefix(draw: st.DrawFn) -> Prefix:
-    """One of few networks at either end of a family, so that many hold each other, and many are the same."""
-    family = draw(st.sampled_from(Family))
-    host = draw(st.integers(0, 3) | st.sampled_from([family.bits - 1, family.bits]))
-    address = draw(st.integers(0, 15)) ^ draw(st.sampled_from([0, (1 << family.bits) - 1]))
-    return Prefix(family, address >> host << host, family.bits - host)
-
+from tests.unit.values import any_prefix, prefixes
 
 several = st.lists(any_prefix(), max_size=12)
 

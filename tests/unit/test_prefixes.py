@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.addresses import Address, Family, Prefix, Prefixes
 from agent.prefixes import Span, classes, lookup, outermost
-from tests.unit.values import by_name
+from tests.unit.values import any_prefix, by_name
 
 Sources = list[tuple[Prefix, str]]
 
@@ -110,15 +110,6 @@ def test_lookup(address: str, decided: str | None) -> None:
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def any_prefix(draw: st.DrawFn) -> Prefix:
-    """A prefix among few addresses at either end of a family, so that many hold each other."""
-    family = draw(st.sampled_from(Family))
-    host = draw(st.integers(0, 4) | st.sampled_from([family.bits - 1, family.bits]))
-    address = draw(st.integers(0, 31)) ^ draw(st.sampled_from([0, (1 << family.bits) - 1]))
-    return Prefix(family, address >> host << host, family.bits - host)
 
 
 some_sources = st.dictionaries(any_prefix(), st.sampled_from("abc"), max_size=12).map(lambda found: list(found.items()))

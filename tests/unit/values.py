@@ -234,6 +234,16 @@ def toml(written: Policy) -> str:
 
 # --- strategies ------------------------------------------------------------------------------------------------------
 
+
+@st.composite
+def any_prefix(draw: st.DrawFn) -> Prefix:
+    """A prefix among few addresses at either end of a family, so that many hold each other."""
+    family = draw(st.sampled_from(Family))
+    host = draw(st.integers(0, 4) | st.sampled_from([family.bits - 1, family.bits]))
+    address = draw(st.integers(0, 31)) ^ draw(st.sampled_from([0, (1 << family.bits) - 1]))
+    return Prefix(family, address >> host << host, family.bits - host)
+
+
 #: Links that identities leave by, and those with the hosts behind the gateway. Each has networks of its own.
 ROADS = ("wan", "wan2", "vpn0", "vpn1")
 BEHIND = ("lan", "dmz")
