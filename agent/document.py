@@ -84,6 +84,11 @@ def read_document(tables: dict[str, Any]) -> tuple[Document, list[tuple[Place, s
         return _document(tables), faults
 
 
+def prepare() -> None:
+    """Have the words for faults at hand, for who keeps a policy: while they are imported nothing is repaired."""
+    from agent import schema  # noqa: F401, PLC0415
+
+
 #: From a value as TOML has it to the one that the agent has. Raises ValueError, TypeError or KeyError.
 _Read = Callable[[Any], Any]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from agent import IdmarkError, ledger
+from agent import IdmarkError, document, ledger
 from agent.chronicle import Chronicle
 from agent.daemon import SIGNALS, Daemon
 from agent.exposition import Exposition
@@ -55,6 +55,7 @@ def run(policy: Path, listening: Listening | None, kernel: Seams) -> None:
         stack.enter_context(runtime.holding_run())
         wake = stack.enter_context(Wake(kernel.nfnl, SIGNALS))
         kernel.rtnl.prepare()
+        document.prepare()
         registry = CollectorRegistry()
         metrics = Metrics(registry, runtime.directory() / COUNTERS)
         stack.callback(_close, metrics, log)
