@@ -250,6 +250,8 @@ def verify(policy: Policy, kernel: Seams, down: Mapping[str, str], seen: Look | 
             time.sleep(BETWEEN)
         # Afresh each time: a link that has just gone has taken its route along, and nothing is wrong then.
         now = reconcile.look(policy, kernel, down) if attempt or seen is None else seen
+        if now.plan.steps:  # somebody has taken something away: that is not to wait
+            return now.plan
         faults = lookups.faults(now.desired, kernel.rtnl)
         if not faults:
             return Plan(())
