@@ -21,9 +21,11 @@ class Family(enum.StrEnum):
     IPV4 = "ipv4"
     IPV6 = "ipv6"
 
-    #: AF_INET or AF_INET6; and the bits of an address, 32 or 128. Attributes, for they are asked for a million times.
+    #: AF_INET or AF_INET6; how many bits an address has, and how many bytes. Attributes, for they are asked for a
+    #: million times.
     number: int
     bits: int
+    size: int
 
     #: A member's own hash is a Python function (enum.Enum.__hash__), and a million prefixes are hashed by it.
     __hash__ = str.__hash__
@@ -31,6 +33,7 @@ class Family(enum.StrEnum):
     def __init__(self, name: str) -> None:
         self.number = socket.AF_INET if name == "ipv4" else socket.AF_INET6
         self.bits = 32 if name == "ipv4" else 128
+        self.size = self.bits // 8
 
     @property
     def nft(self) -> str:
@@ -107,7 +110,7 @@ class Prefix(NamedTuple):
 
 def address_text(family: Family, value: int) -> str:
     """The usual text of an address given as an integer."""
-    return socket.inet_ntop(family.number, value.to_bytes(family.bits // 8, "big"))
+    return socket.inet_ntop(family.number, value.to_bytes(family.size, "big"))
 
 
 def sorted_addresses(addresses: Iterable[Address]) -> tuple[Address, ...]:
@@ -140,8 +143,7 @@ class Addresses(Sequence[tuple[str, str]]):
     @classmethod
     def of(cls, family: Family, addresses: Iterable[int]) -> Addresses:
         """From addresses as integers, in any order."""
-        size = family.bits // 8
-        return cls(family, b"".join(value.to_bytes(size, "big") for value in sorted(set(addresses))))
+        return cls(family, b"".join(value.to_bytes(family.size, "big") for value in sorted(set(addresses))))
 
     @classmethod
     def sorted(cls, family: Family, packed: bytes | bytearray) -> Addresses:
@@ -158,7 +160,7 @@ class Addresses(Sequence[tuple[str, str]]):
         """With some gone and others come, at a cost by the size of the change, but for one copy of the rest."""
         if not self:
             return new
-        size, packed = self.family.bits // 8, memoryview(self.packed)
+        size, packed = self.family.size, memoryview(self.packed)
         coming = set(new.each())
         parts: list[bytes | memoryview] = []
         rest = 0
@@ -171,12 +173,17 @@ class Addresses(Sequence[tuple[str, str]]):
 
     def place(self, key: bytes, first: int = 0) -> int:
         """Where a packed address is, or would be; not before `first`."""
-        size = self.family.bits // 8
+        size = self.family.size
         return bisect_left(range(len(self)), key, lo=first, key=lambda at: self.packed[at * size : (at + 1) * size])
+
+    def next(self, address: int) -> int | None:
+        """The first one, as integers, that is not before an address; None: all are."""
+        place = self.place(address.to_bytes(self.family.size, "big"))
+        return self.number(place) if place < len(self) else None
 
     def each(self) -> Iterator[bytes]:
         """Packed, one by one, by no code of Python's for each."""
-        return chain.from_iterable(struct.iter_unpack(f"{self.family.bits // 8}s", self.packed))
+        return chain.from_iterable(struct.iter_unpack(f"{self.family.size}s", self.packed))
 
     def numbers(self) -> Iterator[int]:
         """As integers."""
@@ -184,7 +191,7 @@ class Addresses(Sequence[tuple[str, str]]):
 
     def number(self, place: int) -> int:
         """The one at a place, as an integer."""
-        size = self.family.bits // 8
+        size = self.family.size
         return int.from_bytes(self.packed[place * size : (place + 1) * size], "big")
 
     def texts(self) -> Iterator[str]:
@@ -192,7 +199,7 @@ class Addresses(Sequence[tuple[str, str]]):
         return map(socket.inet_ntop, repeat(self.family.number), self.each())
 
     def __len__(self) -> int:
-        return len(self.packed) // (self.family.bits // 8)
+        return len(self.packed) // self.family.size
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return zip(self.texts(), repeat(""))
@@ -203,7 +210,7 @@ class Addresses(Sequence[tuple[str, str]]):
     def __getitem__(self, index: slice) -> Addresses: ...
     def __getitem__(self, index: int | slice) -> tuple[str, str] | Addresses:
         """One of them, or those side by side (no slice with a step)."""
-        size = self.family.bits // 8
+        size = self.family.size
         first, last, _ = (index if isinstance(index, slice) else slice(index, index + 1 or None)).indices(len(self))
         part = Addresses(self.family, self.packed[first * size : last * size])
         if isinstance(index, slice):
@@ -285,8 +292,7 @@ class Prefixes(Collection[Prefix]):
     def __contains__(self, prefix: object) -> bool:
         if not isinstance(prefix, Prefix) or (column := self.columns.get((prefix.family, prefix.length))) is None:
             return False
-        place = column.place(prefix.address.to_bytes(prefix.family.bits // 8, "big"))
-        return place < len(column) and column.number(place) == prefix.address
+        return column.next(prefix.address) == prefix.address
 
     def __len__(self) -> int:
         return sum(map(len, self.columns.values()))

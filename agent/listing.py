@@ -91,7 +91,7 @@ def _column(family: Family, length: int, packed: bytearray) -> Addresses:
     column = Addresses.sorted(family, packed)
     if len(column.packed) < len(packed):
         raise ValueError("stands there twice")
-    host_bits = ((1 << family.bits - length) - 1).to_bytes(family.bits // 8, "big")
+    host_bits = ((1 << family.bits - length) - 1).to_bytes(family.size, "big")
     # As one number each: all are looked at in one operation.
     if length < family.bits and int.from_bytes(packed, "big") & int.from_bytes(host_bits * len(column), "big"):
         raise ValueError("has host bits set")

@@ -87,12 +87,11 @@ def outermost(family: Family, several: Iterable[Prefixes]) -> Iterator[Prefix]:
             free = network.last + 1
             if free >> family.bits:
                 return
-        column = columns[which][1]
-        place = column.place(free.to_bytes(family.bits // 8, "big"))
-        if place < len(column):
-            heapreplace(first, (column.number(place), length, which))
-        else:
+        following = columns[which][1].next(free)
+        if following is None:
             heappop(first)
+        else:
+            heapreplace(first, (following, length, which))
 
 
 def lookup(sources: Mapping[str, Prefixes], address: Address) -> tuple[Prefix, str] | None:

@@ -61,11 +61,8 @@ def _special(prefix: Prefix) -> str | None:
 
 def has_special(column: Addresses, length: int) -> bool:
     """Whether one of many networks of this length lies wholly in a special one."""
-    size = column.family.bits // 8
     return any(
-        special.length <= length
-        and column.place(special.address.to_bytes(size, "big")) < len(column)
-        and column.number(column.place(special.address.to_bytes(size, "big"))) <= special.last
+        special.length <= length and (found := column.next(special.address)) is not None and found <= special.last
         for special, _ in _SPECIAL_OF[column.family]
     )
 

@@ -96,7 +96,7 @@ def _pack_addresses(addresses: Addresses) -> bytes:
 def unpack(data: bytes | bytearray, family: Family) -> Addresses:
     """What `pack` made of addresses, as the kernel has it in a dump too. Raises ValueError for any other shape."""
     count, rest = divmod(len(data), stride(family))
-    keys = bytearray(count * (family.bits // 8))
+    keys = bytearray(count * family.size)
     if not rest:
         for there, here in _columns(data, family, keys):
             here[:] = there
@@ -109,14 +109,14 @@ def _template_of(data: bytes | bytearray, family: Family) -> bytes:
     """The attributes without their keys."""
     blank = bytearray(data)
     if len(data) % stride(family) == 0:
-        for there, here in _columns(blank, family, bytes(len(data) // stride(family) * (family.bits // 8))):
+        for there, here in _columns(blank, family, bytes(len(data) // stride(family) * family.size)):
             there[:] = here
     return bytes(blank)
 
 
 def _template(family: Family) -> bytes:
     """An element whose key is zero."""
-    return attribute(LIST_ELEMENT, attribute(ELEMENT_KEY, attribute(DATA_VALUE, bytes(family.bits // 8))))
+    return attribute(LIST_ELEMENT, attribute(ELEMENT_KEY, attribute(DATA_VALUE, bytes(family.size))))
 
 
 def _columns(

@@ -80,7 +80,7 @@ def load(data: bytes, boot: str) -> Known:
         raise ValueError("it is of another boot")
     sets, place = {}, 0
     for name, family, count in head["sets"]:
-        end = place + count * (Family(family).bits // 8)
+        end = place + count * Family(family).size
         sets[name] = Addresses(Family(family), packed[place:end])
         place = end
     return Known(head["table"], head["generation"], sets)
