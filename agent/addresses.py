@@ -135,10 +135,11 @@ class Addresses(Sequence[tuple[str, str]]):
     `packed` holds them one after the other, in network byte order. There may be a million.
     """
 
-    __slots__ = ("family", "packed")
+    __slots__ = ("_lines", "family", "packed")
 
     def __init__(self, family: Family, packed: bytes = b"") -> None:
         self.family, self.packed = family, packed
+        self._lines: str | None = None
 
     @classmethod
     def of(cls, family: Family, addresses: Iterable[int]) -> Addresses:
@@ -197,6 +198,12 @@ class Addresses(Sequence[tuple[str, str]]):
     def texts(self) -> Iterator[str]:
         """In their usual text."""
         return map(socket.inet_ntop, repeat(self.family.number), self.each())
+
+    def text(self, between: str) -> str:
+        """All their texts in one. Kept, for what is applied is written three times: plan, ruleset and policy."""
+        if self._lines is None:
+            self._lines = "\n".join(self.texts())
+        return self._lines.replace("\n", between)
 
     def __len__(self) -> int:
         return len(self.packed) // self.family.size

@@ -56,16 +56,16 @@ def _set_lines(nft_set: NftSet) -> list[str]:
     lines += [f"    # {words}" for words in nft_set.pending]
     if nft_set.elements:
         # A million go in one piece, with the indentation that the table's block gives all lines but the first.
-        words = ",\n            ".join(_words(nft_set.elements))
+        words = _words(nft_set.elements, ",\n            ")
         lines += ["    elements = {", f"        {words},", "    }"]
     return [*lines, "}"]
 
 
-def _words(elements: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Each element as nft reads it."""
+def _words(elements: Sequence[tuple[str, str]], between: str = ", ") -> str:
+    """Elements as nft reads them."""
     if isinstance(elements, Addresses):
-        return elements.texts()
-    return (f"{key} : {value}" if value else key for key, value in elements)
+        return elements.text(between)
+    return between.join(f"{key} : {value}" if value else key for key, value in elements)
 
 
 def _documented(chain: Chain) -> list[str]:
@@ -136,7 +136,7 @@ def declaration(name: str, nft_set: NftSet, elements: Sequence[tuple[str, str]] 
     For `add element` and `delete element` libnftables reads every interval set of the host first, whosever it is (its
     src/cache.c, evaluate_cache_add() and evaluate_cache_del()), which may take seconds; for this it reads none.
     """
-    words = f" elements = {{ {', '.join(_words(elements))} }};" if elements else ""
+    words = f" elements = {{ {_words(elements)} }};" if elements else ""
     return f"add {nft_set.keyword} inet {name} {nft_set.name} {{ {_type(nft_set)}{words} }}"
 
 
@@ -186,7 +186,7 @@ def change_commands(name: str, change: ElementChange) -> Iterator[str]:
     if change.gone:
         yield _deletion(name, change)
     if change.new:
-        yield f"add element inet {name} {change.set} {{ {', '.join(_words(change.new))} }}"
+        yield f"add element inet {name} {change.set} {{ {_words(change.new)} }}"
 
 
 def _deletion(name: str, change: ElementChange) -> str:

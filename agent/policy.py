@@ -8,7 +8,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -149,22 +148,20 @@ def _identity(kernel: Kernel, draft: Draft, name: str, table: Any) -> Identity:
 def _digest(policy: Policy) -> str:
     """SHA-256 over what the policy means, in an order of its own."""
     digest = hashlib.sha256()
-    for lines in _canonical(policy):
-        several = iter(lines)
-        while part := "".join(islice(several, 1 << 16)):
-            digest.update(part.encode())
+    for part in _canonical(policy):
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
-    """A policy as lines, each field once; what follows from others (fwmark, table, priority) is left out."""
+def _canonical(policy: Policy) -> Iterator[bytes]:
+    """A policy, each field once; what follows from others (fwmark, table, priority) is left out."""
     # Keys that came later stand here only if they say something: what was approved before has its old digest.
     kernel = asdict(policy.kernel)
     for key in ("nat", "way_bits", "drop_own_sources"):
         if kernel[key] == getattr(Kernel(), key):
             del kernel[key]
     frame = {"gateway": policy.gateway, "downstream": policy.downstream, "kernel": kernel}
-    yield json.dumps(frame, sort_keys=True), "\n"
+    yield _canonical_line(frame)
     for identity in policy.identities:
         fields = {
             "name": identity.name,
@@ -180,6 +177,11 @@ def _canonical(policy: Policy) -> Iterator[Iterable[str]]:
             fields["probe"] = asdict(identity.probe) | {"target": str(identity.probe.target)}
         if identity.flush_flows:
             fields["flush_flows"] = True
-        yield json.dumps(fields, sort_keys=True), "\n"
-        for family in identity.members.families:
-            yield map(f"{family} %x/%d\n".__mod__, identity.members.ordered(family))
+        yield _canonical_line(fields)
+        for (family, length), column in identity.members.columns.items():
+            yield _canonical_line({"family": family, "length": length, "members": len(column)})
+            yield column.packed
+
+
+def _canonical_line(fields: Mapping[str, object]) -> bytes:
+    return f"{json.dumps(fields, sort_keys=True)}\n".encode()

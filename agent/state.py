@@ -265,7 +265,7 @@ def _identity_lines(identity: Identity) -> Iterator[str]:
         yield "members = ["
         for (family, length), column in identity.members.columns.items():
             behind = "" if length == family.bits else f"/{length}"
-            yield f'    "{f"{behind}{_BETWEEN}".join(column.texts())}{behind}",'
+            yield f'    "{column.text(f"{behind}{_BETWEEN}")}{behind}",'
         yield "]"
 
 
