@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from agent import commands
-from agent.addresses import Addresses
+from agent.addresses import Addresses, Family
 from agent.model import Chain, ElementChange, NftSet, Statement, Table
 
 #: How the names of chains begin that elements lead to: they are filled before any element comes.
 LED_TO = ("id-", "left-", "arrived-")
+#: The keys of sets that are asked for an address: a packet asks one after the other, the longest prefixes first.
+ADDRESSES = frozenset(f"{family}_addr" for family in Family)
 #: So many elements are not put in with the rules that ask for them, even where there were no rules before.
 BULK = 1000
 
@@ -64,25 +66,33 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
     if present is None or not present.chains:
         yield from _from_nothing(wanted, present)
         return
-    name = wanted.name
     there = {nft_set.name: nft_set for nft_set in present.sets}
     kept = {s.name: s for s in wanted.sets if s.name in there and there[s.name].type == s.type}
     right = replace(present, sets=tuple(_with_elements(s, kept.get(s.name)) for s in present.sets))
     if not commands.transaction(wanted, right, rules_anew=rules_anew):
-        yield from _elements_alone(name, [(nft_set, there[nft_set.name]) for nft_set in kept.values()])
+        yield from _elements_alone(wanted.name, [(nft_set, there[nft_set.name]) for nft_set in kept.values()])
         return
-    heavy = [
-        (nft_set, change)
-        for nft_set in kept.values()
-        if isinstance(nft_set.elements, Addresses)
-        and ((change := commands.difference(nft_set, there[nft_set.name])).gone or change.new)
-    ]
-    # A set is flushed and filled again when something of it goes.
-    if sum(len(s.elements) + len(there[s.name].elements) if c.gone else len(c.new) for s, c in heavy) > BULK:
-        yield from _by_differences(wanted, present, heavy, rules_anew=rules_anew)
-        return
-    # What stays changes with the rules: before them it may hide what they don't ask yet, or be said of marks that are
-    # about to mean somebody else; after them what was there may be missing.
+    changes = [commands.difference(s, there[s.name]) for s in kept.values() if _is_layer(s)]
+    changes = [change for change in changes if (change.gone or change.new) and not _has_all_others(change)]
+    if changes:
+        yield from _by_differences(wanted, present, changes, rules_anew=rules_anew)
+    else:
+        yield from _rules(wanted, present, rules_anew=rules_anew)
+
+
+def _is_layer(nft_set: NftSet) -> bool:
+    """Whether it is one of several that an address is looked for in, one after the other."""
+    return nft_set.key in ADDRESSES and not nft_set.interval
+
+
+def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Change | Load]:
+    """Where no set changes that rules go on asking for addresses: new ones are filled before any rule asks them, old
+    ones go when none asks them any more.
+
+    The others, of marks and links, change with the rules: before them they would be said of marks that are about to
+    mean somebody else; after them what was there may be missing.
+    """
+    name, there = wanted.name, {nft_set.name for nft_set in present.sets}
     new = [s for s in wanted.sets if s.name not in there]
     made = tuple(_made(wanted, present, new))
     yield from _load(name, made)
@@ -110,32 +120,44 @@ def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterato
 
 
 def _by_differences(
-    wanted: Table, present: Table, heavy: Sequence[tuple[NftSet, ElementChange]], *, rules_anew: bool
+    wanted: Table, present: Table, changes: Sequence[ElementChange], *, rules_anew: bool
 ) -> Iterator[Change | Load]:
-    """Where rules change, and with them too many elements of sets that stay for one transaction.
+    """Where rules change, and with them sets that they go on asking for addresses.
 
     First to rules that ask for the differences, too, which are sets of their own and filled before: what comes is in
     there already, what goes is there no longer. While that is in force the sets themselves are changed, in portions,
     and no packet sees anything of it. Then to the rules that are wanted.
     """
+    name, there = wanted.name, {nft_set.name: nft_set for nft_set in present.sets}
     taken = {nft_set.name for nft_set in (*present.sets, *wanted.sets)}
-    differences: dict[str, tuple[NftSet, NftSet]] = {}
-    for nft_set, change in heavy:
-        coming, going = (_free(f"{nft_set.name}-{word}", taken) for word in ("coming", "going"))
-        differences[nft_set.name] = (
-            NftSet(coming, nft_set.key, elements=change.new),
-            NftSet(going, nft_set.key, elements=change.gone),
-        )
-    after = (*wanted.sets, *(each for pair in differences.values() for each in pair))
-    there = {nft_set.name: nft_set for nft_set in present.sets}
-    before = tuple(_with_elements(each, there[each.name]) if each.name in differences else each for each in after)
+    differences = {change.set: _difference(there[change.set], change, taken) for change in changes}
+    extra = [nft_set for pair in differences.values() for nft_set in pair if nft_set.elements]
+    sets = [replace(s, elements=there[s.name].elements) if s.name in differences else s for s in wanted.sets]
     chains = tuple(replace(chain, rules=tuple(_asking(chain.rules, differences))) for chain in wanted.chains)
-    first = [*stages(replace(wanted, sets=before, chains=chains), present, rules_anew=rules_anew)]
-    yield from first
-    yield from _change(wanted.name, [change for _, change in heavy])
-    behind = tuple(line for step in first if isinstance(step, Load) for line in step.commands)
-    for step in stages(wanted, replace(wanted, sets=after, chains=chains), rules_anew=True):
-        yield replace(step, behind=(*behind, *step.behind)) if isinstance(step, Load) else step
+    # Elements that are about to go still lead there.
+    left = [Chain(chain.name) for chain in _stale_chains(wanted, present) if chain.name.startswith(LED_TO)]
+    asking = replace(wanted, sets=(*sets, *extra), chains=(*chains, *left))
+    steps = [*_rules(asking, present, rules_anew=rules_anew)]
+    yield from steps
+    yield from _change(name, changes)
+    behind = tuple(line for step in steps if isinstance(step, Load) for line in step.commands)
+    rules = [line for old, new in zip(chains, wanted.chains, strict=True) if old != new for line in _anew(name, new)]
+    yield from _load(name, rules, behind)
+    # Where they are only looked over the elements are still there.
+    flushes = (f"flush {s.keyword} inet {name} {s.name}" for s in sets if s.name in differences and s.value)
+    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules, *flushes))
+
+
+def _difference(nft_set: NftSet, change: ElementChange, taken: Container[str]) -> tuple[NftSet, NftSet]:
+    """Sets of what comes into one, and of what goes."""
+    coming, going = (_free(f"{change.set}-{word}", taken) for word in ("coming", "going"))
+    gone = change.gone if isinstance(change.gone, Addresses) else tuple((key, "") for key, _ in change.gone)
+    return NftSet(coming, change.key, nft_set.value, elements=change.new), NftSet(going, change.key, elements=gone)
+
+
+def _anew(name: str, chain: Chain) -> Iterator[str]:
+    yield f"flush chain inet {name} {chain.name}"
+    yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
 
 
 def _free(name: str, taken: Container[str]) -> str:
@@ -145,16 +167,20 @@ def _free(name: str, taken: Container[str]) -> str:
 
 
 def _asking(rules: Iterable[Statement], differences: Mapping[str, tuple[NftSet, NftSet]]) -> Iterator[Statement]:
-    """Rules that ask for an address in a set, with what comes and what goes of it in sets of their own."""
+    """Rules that ask for an address in a set, with what comes and what goes of it in sets of their own, which their
+    comments name: by these it is seen what rules are there.
+    """
     for rule in rules:
-        address, _, rest = rule.text.partition("@")
-        name, _, verdict = rest.partition(" ")
+        asking, _, rest = rule.text.partition("@")
+        name, space, verdict = rest.partition(" ")
+        text, comment = rule.text, rule.comment
         if name in differences:
             coming, going = differences[name]
-            yield Statement(f"{address}@{coming.name} {verdict}", f"{rule.comment}, coming")
-            yield replace(rule, text=f"{address}!= @{going.name} {rule.text}")
-        else:
-            yield rule
+            if coming.elements:
+                yield Statement(f"{asking}@{coming.name}{space}{verdict}", f"{comment}, {coming.name}")
+            if going.elements:
+                text, comment = f"{asking.removesuffix('vmap ')}!= @{going.name} {text}", f"{comment}, not {going.name}"
+        yield replace(rule, text=text, comment=comment)
 
 
 def _has_all_others(change: ElementChange) -> bool:
@@ -195,23 +221,26 @@ def _change(name: str, changes: Iterable[ElementChange]) -> Iterator[Change]:
 
 
 def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
-    """What is declared before anything asks for it; chains with their rules, for elements point to them soon."""
-    name, chains = wanted.name, {chain.name for chain in present.chains}
-    yield from (f"add counter inet {name} {c}" for c in wanted.counters if c not in set(present.counters))
+    """What is declared before anything asks for it; chains with their rules, for elements point to them soon. A plan
+    that was cut short has left some empty.
+    """
+    name, chains = wanted.name, {chain.name: chain for chain in present.chains}
+    counters = set(present.counters)
+    yield from (f"add counter inet {name} {c}" for c in wanted.counters if c not in counters)
     missing = [chain for chain in wanted.chains if not chain.hook and chain.name not in chains]
     yield from (f"add chain inet {name} {chain.name}" for chain in missing)
     yield from (commands.declaration(name, nft_set) for nft_set in new)
-    for chain in missing:
-        if chain.name.startswith(LED_TO):
+    for chain in wanted.chains:
+        if chain.name.startswith(LED_TO) and not (chain.name in chains and chains[chain.name].rules):
             yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
 
 
 def _cleared(wanted: Table, present: Table) -> Iterator[str]:
     """What nobody asks for any more; sets first, for elements may point to chains and counters."""
-    name = wanted.name
+    name, counters = wanted.name, set(wanted.counters)
     yield from (f"delete {s.keyword} inet {name} {s.name}" for s in _stale_sets(wanted, present))
     yield from (f"delete chain inet {name} {c.name}" for c in _stale_chains(wanted, present))
-    yield from (f"delete counter inet {name} {c}" for c in present.counters if c not in set(wanted.counters))
+    yield from (f"delete counter inet {name} {c}" for c in present.counters if c not in counters)
 
 
 def _stale_sets(wanted: Table, present: Table) -> list[NftSet]:

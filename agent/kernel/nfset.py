@@ -75,8 +75,8 @@ class Nfset:
     def change(self, table: str, changes: Sequence[ElementChange]) -> int:
         """Make all the changes, in as many transactions as it takes for nothing to be wrong between them; how many.
 
-        In the order given what comes, against it what only goes: with the sets of longer prefixes first each address
-        is at any moment whose it was or whose it is going to be. When one fails those before it are taken back. Raises
+        In the order given what comes, against it what only goes: with the sets of longer prefixes first each packet is
+        at any moment whose it was or whose it is going to be. When one fails those before it are taken back. Raises
         as `commit` does.
         """
         done: list[tuple[ElementChange, ...]] = []
@@ -100,11 +100,12 @@ class Nfset:
 
 
 def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[ElementChange, ...]]:
-    """Changes as transactions of at most so many elements: what comes, with the values that it takes the place of, and
-    then what only goes.
+    """Changes as transactions of at most so many elements: what comes, set by set, with the values that it takes the
+    place of, and then what only goes.
 
-    Not both at once where sets of one kind of addresses are changed together: a packet asks them one after the other,
-    and is on its way while they change.
+    Not at once where sets of one kind of addresses are changed together: a packet asks them one after the other, and is
+    on its way while they change. One that has missed a longer prefix which comes must not find a shorter one that comes
+    with it; what goes is found, or what it hid.
     """
     sizes = sum(len(change.gone) + len(change.new) for change in changes)
     kinds = Counter(change.key for change in changes if change.key in ADDRESSES)
@@ -120,7 +121,7 @@ def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[Elem
         coming.append(ElementChange(change.set, change.key, tuple(replaced.values()), change.new))
         left = tuple(each for each in change.gone if each[0] not in replaced) if replaced else change.gone
         going.append(ElementChange(change.set, change.key, left, ()))
-    yield from _batched((part for change in coming for part in _split(change, size)), size)
+    yield from ((part,) for change in coming for part in _split(change, size) if part.gone or part.new)
     yield from _batched((part for change in reversed(going) for part in _split(change, size)), size)
 
 

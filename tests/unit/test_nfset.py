@@ -133,8 +133,13 @@ def held(owned: Owned, layers: Sequence[tuple[str, int, str]]) -> Held:
 
 def owner(address: int, sets: Held, layers: Sequence[tuple[str, int, str]]) -> str:
     """The first that knows an address; "": nobody."""
-    for name, bits, whose in layers:
-        value = sets[name].get(key(address >> BITS - bits << BITS - bits))
+    return owner_on_its_way(address, [sets] * len(layers), layers)
+
+
+def owner_on_its_way(address: int, sets: Sequence[Held], layers: Sequence[tuple[str, int, str]]) -> str:
+    """The same for a packet that meets each layer as these sets have it."""
+    for (name, bits, whose), met in zip(layers, sets, strict=True):
+        value = met[name].get(key(address >> BITS - bits << BITS - bits))
         if value is not None:
             return whose or value.removeprefix("goto id-")
     return ""
@@ -160,12 +165,14 @@ def _packed(pairs: Sequence[tuple[str, str]]) -> Addresses:
 def test_portions(before: Owned, after: Owned, layers: Sequence[tuple[str, int, str]], size: int) -> None:
     """However many transactions a change is made in, each is small, all are legal, and they get there.
 
-    At every moment each address is whose it was before, or whose it will be afterwards.
+    At every moment each address is whose it was before, or whose it will be afterwards; also to a packet that has asked
+    some of the layers before a transaction, and asks the others after it.
     """
     sets, wanted = held(before, layers), held(after, layers)
     for part in portions(differences(sets, wanted), size):
         # An old value goes with its new one, so that two is the least.
         assert sum(len(each.gone) + len(each.new) for each in part) <= max(2, size)
+        old = {name: dict(elements) for name, elements in sets.items()}
         for each in part:
             for key, value in each.gone:
                 assert sets[each.set].pop(key) == value
@@ -174,7 +181,9 @@ def test_portions(before: Owned, after: Owned, layers: Sequence[tuple[str, int, 
                 assert sets[each.set].setdefault(key, value) is value
         for address in range(1 << BITS):
             expected = {owner(address, held(state, layers), layers) for state in (before, after)}
-            assert owner(address, sets, layers) in expected
+            for asked in range(len(layers) + 1):
+                met = [old] * asked + [sets] * (len(layers) - asked)
+                assert owner_on_its_way(address, met, layers) in expected
     assert sets == wanted
 
 
@@ -185,13 +194,13 @@ def test_few_are_one() -> None:
     assert len(list(portions(changes, 4))) > 1
 
 
-def test_few_of_two_sets_are_two() -> None:
-    """Else it is one transaction for what comes, of all sets, and one for what goes."""
-    changes = [change("a", ipv4(0, 3), ipv4(9, 2)), change("b", NONE, ipv4(0, 3))]
-    coming, going = portions(changes, 8)
-    assert [(each.set, len(each.gone), len(each.new)) for each in coming] == [("a", 0, 2), ("b", 0, 3)]
-    assert [(each.set, len(each.gone), len(each.new)) for each in going] == [("a", 3, 0)]
-    assert len(list(portions(changes, 4))) == 3
+def test_few_of_several_sets() -> None:
+    """Else it is one transaction for what comes into each set, and one for all that goes."""
+    changes = [change("a", ipv4(0, 3), ipv4(9, 2)), change("b", ipv4(7, 1), ipv4(0, 3))]
+    one, two, going = portions(changes, 8)
+    assert [(each.set, len(each.gone), len(each.new)) for each in (*one, *two)] == [("a", 0, 2), ("b", 0, 3)]
+    assert [(each.set, len(each.gone), len(each.new)) for each in going] == [("b", 1, 0), ("a", 3, 0)]
+    assert len(list(portions(changes, 3))) == 4
 
 
 def test_addresses_stay_packed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,8 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent import ruleset
-from agent.addresses import Addresses, Family, Prefix, Prefixes, parse_address
-from agent.commands import declaration, render
+from agent.addresses import Addresses, Family, Prefix, Prefixes
 from agent.desired import Desired, desire, detours
 from agent.layers import MANY
 from agent.model import (
@@ -29,7 +28,6 @@ from agent.model import (
     Policy,
     Route,
     Rule,
-    Statement,
     Table,
 )
 from agent.plan import (
@@ -48,6 +46,7 @@ from agent.plan import (
     plan,
     removal,
 )
+from tests.unit.interpreter import after, states, taken
 from tests.unit.values import (
     GATEWAY,
     INSIDE,
@@ -64,181 +63,6 @@ from tests.unit.values import (
     read_back,
     route,
 )
-
-# --- an interpreter of steps -----------------------------------------------------------------------------------------
-
-
-def taken(step: Step, now: Observed, wanted: Desired | None) -> Observed:
-    """What the kernel holds after a step, or AssertionError where it would refuse it.
-
-    What an nft transaction makes is not worked out here: the table wanted is read back, or none.
-    """
-    match step:
-        case AddRoute(added):
-            assert added.key not in {item.key for item in now.routes}, f"EEXIST: {added}"
-            return replace(now, routes=now.routes | {added})
-        case ReplaceRoute(old, new):
-            assert old.key == new.key, f"does not replace {old}, but adds: {new}"
-            assert old in now.routes, f"nothing to replace: {old}"
-            return replace(now, routes=now.routes - {old} | {new})
-        case DeleteRoute(deleted):
-            assert deleted in now.routes, f"ESRCH: {deleted}"
-            return replace(now, routes=now.routes - {deleted})
-        case AddRule(rule):
-            assert rule not in now.rules, f"EEXIST: {rule}"
-            return replace(now, rules=(*now.rules, rule))
-        case DeleteRule(rule):
-            assert rule in now.rules, f"ENOENT: {rule}"
-            first = now.rules.index(rule)
-            return replace(now, rules=now.rules[:first] + now.rules[first + 1 :])
-        case SetSrcValidMark(link, on):
-            assert on or link in now.src_valid_mark_ours, f"not ours: {link}"
-            change = frozenset.union if on else frozenset.difference
-            return replace(
-                now,
-                src_valid_mark=change(now.src_valid_mark, {link}),
-                src_valid_mark_ours=change(now.src_valid_mark_ours, {link}),
-            )
-        case Change(name, changes):
-            assert now.table, f"ENOENT: table {name}"
-            assert now.table.name == name
-            return replace(now, table=_changed(now.table, changes))
-        case Load(name, commands):
-            return _loaded(name, commands, now, wanted)
-
-
-def _changed(table: Table, changes: Sequence[ElementChange]) -> Table:
-    """The table with other elements, as one transaction makes it: what goes before what comes."""
-    held = {item.name: dict(item.elements) for item in table.sets}
-    targets = {f"goto {chain.name}" for chain in table.chains} | {f'"{name}"' for name in table.counters} | {""}
-    for change in changes:
-        for key, _ in change.gone:
-            del held[change.set][key]
-    for change in changes:
-        for key, value in change.new:
-            assert held[change.set].setdefault(key, value) is value, f"EEXIST: {key} in {change.set}"
-            assert value in targets, f"ENOENT: {value}"
-    changed = {change.set: change.key for change in changes}
-    sets = []
-    for item in table.sets:
-        elements = item.elements
-        if item.name in changed:
-            assert (item.key, item.interval) == (changed[item.name], False)
-            elements = tuple(held[item.name].items())
-            if not item.value and item.key in {f"{family}_addr" for family in Family}:
-                addresses = (int(parse_address(key)) for key, _ in elements)
-                elements = Addresses.of(Family(item.key.removesuffix("_addr")), addresses)
-        sets.append(replace(item, elements=elements))
-    return replace(table, sets=tuple(sets))
-
-
-def _loaded(name: str, commands: tuple[str, ...], now: Observed, wanted: Desired | None) -> Observed:
-    if commands == (f"delete table inet {name}",):
-        if now.table and now.table.name == name:
-            return replace(now, table=None)
-        assert name in now.other_tables, f"ENOENT: table {name}"
-        return replace(now, other_tables=tuple(item for item in now.other_tables if item != name))
-    if commands == (f"add table inet {name}",):
-        assert now.table, f"nothing to wake: table {name}"
-        return replace(now, table=replace(now.table, dormant=False))
-    if wanted and commands == (render(ruleset.table(wanted)),):
-        assert now.table is None
-        return replace(now, table=read_back(ruleset.table(wanted)))
-    table = now.table
-    for command in commands:
-        if table is None:
-            assert command == f"add table inet {name}", f"ENOENT: table {name}"
-            table = Table(name)
-        assert table.name == name
-        table = _commanded(table, command, ruleset.table(wanted) if wanted else table)
-    return replace(now, table=table)
-
-
-def _commanded(  # noqa: PLR0912 - a case for each command
-    table: Table, command: str, wanted: Table
-) -> Table:
-    """The table after one command; sets and hooks are made as they are wanted."""
-    verb, kind, _, _, *rest = command.split(" ")
-    chains = {chain.name: chain for chain in table.chains}
-    sets = {item.name: item for item in table.sets}
-    counters = dict.fromkeys(table.counters)
-    (what, *_) = [*rest, ""]
-    match (verb, kind):
-        case ("add", "table"):
-            pass
-        case ("flush", "table"):
-            chains = {key: replace(chain, rules=()) for key, chain in chains.items()}
-        case ("flush", "set" | "map"):
-            sets[what] = replace(sets[what], elements=())
-        case ("add", "counter"):
-            counters[what] = None
-        case ("delete", "counter"):
-            del counters[what]
-            assert not any(value == f'"{what}"' for item in sets.values() for _, value in item.elements), "EBUSY"
-        case ("add", "chain"):
-            assert what not in chains, f"EEXIST: {what}"
-            (chain,) = (chain for chain in wanted.chains if chain.name == what)
-            chains[what] = replace(chain, rules=(), about=())
-        case ("delete", "chain"):
-            del chains[what]
-            assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"
-        case ("add", "set" | "map"):
-            declared, _, words = command.partition(" elements = { ")
-            declared += " }" if words else ""
-            if what not in sets:
-                # Or for the differences of one, while the rules change with many of its elements.
-                known = [*wanted.sets, *(replace(s, name=what) for s in wanted.sets if what.startswith(s.name))]
-                made = next(item for item in known if declaration(table.name, item) == declared)
-                sets[what] = replace(made, elements=(), about=(), pending=())
-            assert declaration(table.name, sets[what]) == declared, f"EEXIST: {what}"
-            if words:
-                sets = _with_elements(sets, what, (), _pairs(words.removesuffix(" }; }")), table)
-        case ("delete", "set" | "map"):
-            del sets[what]
-        case ("delete", "element"):
-            gone = _pairs(command.partition(" { ")[2].removesuffix(" }"))
-            sets = _with_elements(sets, what, gone, (), table)
-        case ("add", "rule"):
-            chains[what] = replace(chains[what], rules=(*chains[what].rules, _rule(command)))
-        case ("insert", "rule"):
-            chains[what] = replace(chains[what], rules=(_rule(command), *chains[what].rules))
-        case _:
-            raise AssertionError(f"no command of ours: {command}")
-    return replace(table, chains=tuple(chains.values()), sets=tuple(sets.values()), counters=tuple(counters))
-
-
-Pairs = tuple[tuple[str, str], ...]
-
-
-def _pairs(words: str) -> Pairs:
-    return tuple((key, value) for key, _, value in (word.partition(" : ") for word in words.split(", ")))
-
-
-def _with_elements(sets: dict[str, NftSet], name: str, gone: Pairs, new: Pairs, table: Table) -> dict[str, NftSet]:
-    """The sets when elements of one, which may be of intervals here, have gone and come."""
-    interval, key = sets[name].interval, sets[name].key
-    hashes = {**sets, name: replace(sets[name], interval=False)}
-    changed = _changed(replace(table, sets=tuple(hashes.values())), [ElementChange(name, key, gone, new)])
-    return {item.name: replace(item, interval=interval) if item.name == name else item for item in changed.sets}
-
-
-def _rule(command: str) -> Statement:
-    """A rule of a command as it is read back."""
-    return Statement("", command.rpartition(" comment ")[2].strip('"'))
-
-
-def states(steps: Plan, now: Observed, wanted: Desired | None) -> Iterator[Observed]:
-    """The kernel before the first step, and after each."""
-    yield now
-    for step in steps.steps:
-        now = taken(step, now, wanted)
-        yield now
-
-
-def after(steps: Plan, now: Observed, wanted: Desired | None) -> Observed:
-    *_, last = states(steps, now, wanted)
-    return last
-
 
 NOTHING = Observed()
 BOTH = desire(policy(INSIDE, OUTSIDE), GATEWAY)
@@ -523,10 +347,15 @@ def _in_force(now: Observed, before: Desired | None, wanted: Desired | None) -> 
 
 
 def _holds(table: Table, wanted: Table) -> bool:
-    """Whether the rules are those wanted, and what is said of marks; addresses may come and go before and after."""
+    """Whether the rules are those wanted, and what is said of marks; addresses may come and go before and after, and
+    rules ask for the differences until they have.
+    """
     held = {item.name: set(item.elements) for item in table.sets}
     said = [item for item in wanted.sets if item.key not in {f"{family}_addr" for family in Family}]
-    rules = {chain.name: [rule.comment for rule in chain.rules] for chain in table.chains}
+    rules = {
+        chain.name: [rule.comment.partition(", not ")[0] for rule in chain.rules if "-coming" not in rule.comment]
+        for chain in table.chains
+    }
     return all(set(item.elements) <= held.get(item.name, set()) for item in said) and all(
         rules.get(chain.name) == [rule.comment for rule in chain.rules] for chain in wanted.chains
     )
@@ -864,8 +693,8 @@ def test_few_of_many() -> None:
 
 
 def test_rules_and_many_elements_of_what_stays() -> None:
-    """Where rules change with many elements of sets that stay, no transaction holds many: rules that ask for the
-    differences, too, are in force while the sets change, and at the end nothing is left of them.
+    """Where rules change with many elements of sets that stay, no transaction of nft's holds many: rules that ask for
+    the differences, too, are in force while the sets change, and at the end nothing is left of them.
     """
     others = replace(INSIDE, members=members(range(2000, MANY + 2000)))
     wanted = desire(policy(others, OUTSIDE, kernel=Kernel(hook_priority=-140)), GATEWAY)
@@ -883,26 +712,47 @@ def test_rules_and_many_elements_of_what_stays() -> None:
         assert isinstance(step, Load)
         assert not [line for line in step.commands if "elements" in line and "ipv4-32" in line]
         assert any(line.startswith(asked) for line in step.commands) is (step is asking)
+    # Then only the chains that ask.
+    assert isinstance(rules, Load)
+    assert {line.split()[4] for line in rules.commands} == {"source", "destination", "answering", "prerouting"}
     assert isinstance(cleared, Load)
-    assert cleared.commands[:2] == (
+    assert cleared.commands == (
         f"delete set inet idmark {name}-coming",
         f"delete set inet idmark {name}-going",
     )
 
 
-def test_what_stays_changes_with_the_rules() -> None:
-    """Where sets come or go the others change in the rules' own transaction: before it they may hide what rules don't
-    ask yet, after it they may lack what was there. A large one of which something goes changes by way of differences.
-    """
-    # The first addresses are somebody else's now, as a network of a length that no rule has asked for so far.
+def test_what_only_goes_is_asked_for_alone() -> None:
+    """A difference that there is none of has no set, and no rule asks for it."""
+    fewer = replace(INSIDE, members=members(range(2, MANY)))
     shorter = replace(OUTSIDE, members=members((), "10.0.0.0/31"))
-    steps = table_steps(
-        desire(policy(replace(INSIDE, members=members(range(2, MANY))), shorter), GATEWAY), in_force(MANY_MEMBERS)
-    )
+    steps = table_steps(desire(policy(fewer, shorter), GATEWAY), in_force(MANY_MEMBERS))
     assert [type(step) for step in steps] == [Load, Change, Load, Change, Load, Load]
     assert isinstance(steps[1], Change)
-    gone = {change.set: tuple(change.new) for change in steps[1].changes}["id-inside-ipv4-32-going"]
-    assert gone == (("10.0.0.0", ""), ("10.0.0.1", ""))
+    assert {change.set: tuple(change.new) for change in steps[1].changes} == {
+        "id-inside-ipv4-32-going": (("10.0.0.0", ""), ("10.0.0.1", "")),
+        "id-outside-ipv4-31": (("10.0.0.0", ""),),
+    }
+    assert not [line for step in steps if isinstance(step, Load) for line in step.commands if "-coming" in line]
+
+
+def test_an_identity_of_another_name() -> None:
+    """The differences of a map lead to chains, too; those that what goes leads to are there until it has gone."""
+    other = replace(INSIDE, name="other")
+    steps = table_steps(desire(policy(other, OUTSIDE), GATEWAY), IN_FORCE)
+    asking = next(step for step in steps if isinstance(step, Load) and "flush table inet idmark" in step.commands)
+    name = "sources-ipv4-24"
+    rules = [line for line in asking.commands if line.startswith("add rule inet idmark source ") and name in line]
+    masked = "ip saddr & 255.255.255.0"
+    assert rules == [
+        f'add rule inet idmark source {masked} vmap @{name}-coming comment "IPv4 /24, {name}-coming"',
+        f"add rule inet idmark source {masked} != @{name}-going {masked} vmap @{name} "
+        f'comment "IPv4 /24, not {name}-going"',
+    ]
+    (last,) = steps[-1:]
+    assert isinstance(last, Load)
+    assert "delete chain inet idmark id-inside" in last.commands
+    assert f"flush map inet idmark {name}" in last.behind
 
 
 def test_what_was_interrupted_is_filled_up() -> None:
