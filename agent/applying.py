@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from agent import IdmarkError, history, ledger, lookups, reconcile, session, snapshot, source, state, trial, watchman
+from agent import IdmarkError, history, ledger, lookups, reconcile, session, snapshot, source, state, trial
 from agent.desired import NOBODY
 from agent.kernel import KernelError, runtime
 from agent.model import Policy
@@ -189,6 +189,8 @@ class _Net:
             self._trial = trial.begin(
                 self._policy, self._snapshot, order.within, number=number, unwanted=order.unwanted
             )
+            from agent import watchman  # noqa: PLC0415
+
             watchman.start(self._trial.id, order.where)
 
     def hold(self) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from agent.addresses import Address, Addresses, Family, Prefix
+from agent.addresses import Address, Family, Prefix, Prefixes
 from agent.draft import ROLES, Draft, Source, first_faults, way_of
 from agent.faults import Fault, dotted, meant, plain
 from agent.model import MAIN, UNREACHABLE
@@ -162,26 +162,13 @@ def _sources(draft: Draft) -> Iterator[Fault]:
     """A prefix stands once, whosever it is. A member that is also an own address is the one at fault of the two."""
     for source in draft.sources:
         yield from source.faults
-    if _each_stands_once(draft.sources):
+    # Without a look at their lines.
+    if sum(source.count for source in draft.sources) == len(Prefixes.joined(each.prefixes for each in draft.sources)):
         return
     holders: dict[Prefix, tuple[Source, int]] = {}
     for source in sorted(draft.sources, key=lambda source: source.key):  # "addresses" before "members"
         again = ((line, (source, prefix, *holder)) for line, prefix, holder in _held(source, holders))
         yield from first_faults(source, again, _also)
-
-
-def _each_stands_once(sources: Iterable[Source]) -> bool:
-    """Without a look at their lines."""
-    count, columns = 0, dict[tuple[Family, int], list[Addresses]]()
-    for source in sources:
-        count += source.count
-        for key, column in source.prefixes.columns.items():
-            columns.setdefault(key, []).append(column)
-    # Alone, a column is in order, each once.
-    return count == sum(
-        len(set[bytes]().union(*(column.each() for column in several))) if len(several) > 1 else len(several[0])
-        for several in columns.values()
-    )
 
 
 def _held(

@@ -8,7 +8,7 @@ what has to outlast one, that this policy is not wanted, is in the state directo
 from __future__ import annotations
 
 import math
-import secrets
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -100,7 +100,7 @@ def _damaged(name: str, error: Exception) -> DamagedError:
 def begin(policy: Policy, before: Snapshot, within: float, *, number: int, unwanted: str = "") -> Trial:
     """Write down what is about to be tried. Raises KernelError."""
     trial = Trial(
-        id=secrets.token_hex(4),
+        id=os.urandom(4).hex(),
         digest=policy.digest,
         within=within,
         deadline=clock() + within,
