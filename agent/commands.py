@@ -163,7 +163,8 @@ def difference(wanted: NftSet, present: NftSet | None) -> ElementChange:
     return ElementChange(
         wanted.name,
         wanted.key,
-        tuple((key, value) for key, value in old.items() if new.get(key) != value),
+        # Sorted, for the kernel tells elements in no order, and a plan's text is the same for the same change.
+        tuple(sorted((key, value) for key, value in old.items() if new.get(key) != value)),
         tuple((key, value) for key, value in new.items() if old.get(key) != value),
     )
 

@@ -155,7 +155,7 @@ def _digest(policy: Policy) -> str:
 
 def _canonical(policy: Policy) -> Iterator[bytes]:
     """A policy, each field once; what follows from others (fwmark, table, priority) is left out."""
-    # Keys that came later stand here only if they say something: what was approved before has its old digest.
+    # Keys that came later stand here only if they say something: what was approved before keeps its digest.
     kernel = asdict(policy.kernel)
     for key in ("nat", "way_bits", "drop_own_sources"):
         if kernel[key] == getattr(Kernel(), key):

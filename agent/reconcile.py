@@ -142,9 +142,8 @@ def apply(chosen: Plan, kernel: Seams) -> None:
     undo: list[Step] = []
     try:
         # libnftables and the kernel look the ruleset over before anything is touched.
-        for step in chosen.steps:
-            if isinstance(step, Load):
-                kernel.nft.check("\n".join((*step.behind, step.text)))
+        for load in _checked(chosen):
+            kernel.nft.check("\n".join((*load.behind, load.text)))
         before = _Before(kernel)
         for step in chosen.steps:
             with signals_held():
@@ -159,6 +158,15 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         if isinstance(error, KernelError):
             raise ApplyError(f"{error}; what was in force before still is") from error
         raise
+
+
+def _checked(chosen: Plan) -> Iterator[Load]:
+    """The nft transactions of a plan, but those which stand whole before a later one where that is looked over."""
+    loads = [step for step in chosen.steps if isinstance(step, Load)]
+    for number, step in enumerate(loads):
+        whole = (*step.behind, *step.commands)
+        if not any(later.behind[: len(whole)] == whole for later in loads[number + 1 :]):
+            yield step
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from tests.unit.values import read_back
 def taken(step: Step, now: Observed, wanted: Desired | None) -> Observed:
     """What the kernel holds after a step, or AssertionError where it would refuse it.
 
-    What an nft transaction makes is not worked out here: the table wanted is read back, or none.
+    What the rendered text makes is not worked out here: the table wanted is read back.
     """
     match step:
         case AddRoute(added):

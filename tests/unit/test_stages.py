@@ -181,8 +181,9 @@ class Way:
             behind = taken(step, self.now, wanted)
             assert self.now.table
             assert behind.table
-            # A set that is deleted goes on holding what it held.
-            old, new = elements(self.now.table), {**elements(self.now.table), **elements(behind.table)}
+            # A map that is deleted holds nothing any more (nft_map_deactivate() in net/netfilter/nf_tables_api.c).
+            gone = {item.name: {} if item.value else dict(item.elements) for item in self.now.table.sets}
+            old, new = elements(self.now.table), {**gone, **elements(behind.table)}
             marking = {chain.name for chain in self.now.table.chains if chain.rules}
             for address in range(1 << BITS):
                 expected = {owner(each, address) for each in owners}
