@@ -17,7 +17,7 @@ from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
 from agent.kernel.rtnl import Rtnl
 from agent.kernel.sysctl import Sysctls
-from agent.model import Facts, Policy, Route
+from agent.model import Facts, Policy, Route, Table
 from agent.plan import (
     AddRoute,
     AddRule,
@@ -32,6 +32,7 @@ from agent.plan import (
     Step,
     closes,
     plan,
+    relisting,
     removal,
     replacement,
 )
@@ -139,7 +140,7 @@ def apply(chosen: Plan, kernel: Seams) -> None:
     ApplyError, which says so, or which says what could not be taken back; then enforcement or a table's last route
     keeps the identities closed.
     """
-    undo: list[Step] = []
+    undo: list[Step | _Listed] = []
     try:
         # libnftables and the kernel look the ruleset over before anything is touched.
         for load in _checked(chosen):
@@ -224,6 +225,17 @@ def remove(kernel: Seams) -> Plan:
     return taken
 
 
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A step back: to a table as it was."""
+
+    then: Table
+    text: str
+
+    def steps(self, kernel: Seams) -> tuple[Load, ...]:
+        return relisting(self.then, self.text, kernel.nfnl.table(self.then.name))
+
+
 class _Before:
     """How things are before each step of a plan.
 
@@ -238,7 +250,7 @@ class _Before:
         self._made: set[str] = set()
         self._listed: set[str] = set()
 
-    def back_from(self, step: Step) -> Step | None:
+    def back_from(self, step: Step) -> Step | _Listed | None:
         """The step back; None: an earlier one leads there. Raises KernelError."""
         if not isinstance(step, Load | Change):
             self._listed.clear()
@@ -250,9 +262,9 @@ class _Before:
             return step.inverse()
         if deletes := _plain_inverse(step):
             return deletes
-        listing = self._kernel.nft.text(name) if name in self._kernel.nfnl.tables() else None
-        (self._made if listing is None else self._listed).add(name)
-        return replacement(name, listing or "")
+        then = self._kernel.nfnl.table(name)
+        (self._listed if then else self._made).add(name)
+        return _Listed(then, self._kernel.nft.text(name) or "") if then else replacement(name, "")
 
 
 def _plain_inverse(step: Load) -> Load | None:
@@ -287,12 +299,13 @@ def _take(step: Step, kernel: Seams) -> None:
                 kernel.nft.load(step.text)
 
 
-def _take_back(undo: list[Step], kernel: Seams) -> list[str]:
+def _take_back(undo: list[Step | _Listed], kernel: Seams) -> list[str]:
     """What could not be taken back, in words."""
     left = []
     for step in reversed(undo):
         try:
-            _take(step, kernel)
+            for each in step.steps(kernel) if isinstance(step, _Listed) else (step,):
+                _take(each, kernel)
         except KernelError as error:
             left.append(str(error))
     return left

@@ -2,7 +2,7 @@
 
 A packet is on its way through the rules while a transaction is committed: then it goes on by the old rules, and sees
 of every set what it holds from then on (generations in net/netfilter/nf_tables_core.c and nf_tables_api.c). So what
-new rules ask is there before them, and what old rules ask goes after them.
+new rules ask for is there before them, and what old rules ask for goes after them.
 """
 
 from __future__ import annotations
@@ -87,22 +87,51 @@ def _is_layer(nft_set: NftSet) -> bool:
 
 def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Change | Load]:
     """Where no set changes that rules go on asking for addresses: new ones are filled before any rule asks them, old
-    ones go when none asks them any more.
-
-    The others, of marks and links, change with the rules: before them they would be said of marks that are about to
-    mean somebody else; after them what was there may be missing.
+    ones go when none asks them any more. So do the elements of the others, of marks and links; but what a key stands
+    for changes with the rules, for a mark may be about to mean somebody else.
     """
-    name, there = wanted.name, {nft_set.name for nft_set in present.sets}
+    name, there = wanted.name, {nft_set.name: nft_set for nft_set in present.sets}
     new = [s for s in wanted.sets if s.name not in there]
+    said = [s for s in wanted.sets if s.name in there and there[s.name].type == s.type and s.key not in ADDRESSES]
+    changes = [change for s in said if not _has_all_others(change := commands.difference(s, there[s.name]))]
+    coming, going = [_coming(change) for change in changes], [_going(change) for change in changes]
     made = tuple(_made(wanted, present, new))
     yield from _load(name, made)
-    yield from _change(name, [commands.difference(s, None) for s in new if not s.interval])
+    yield from _change(name, [*(commands.difference(s, None) for s in new if not s.interval), *coming])
     intervals = (line for s in new if s.interval for line in commands.element_changes(name, s, None))
     yield from _load(name, intervals, behind=made)
-    before = _with_made(present, wanted)
-    rules = commands.transaction(_with_stale(wanted, before), before, rules_anew=rules_anew)
+    before = _with_made(
+        replace(present, sets=_with_more(present.sets, {each.set: each.new for each in coming})), wanted
+    )
+    meanwhile = replace(wanted, sets=_with_more(wanted.sets, {each.set: each.gone for each in going}))
+    rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=rules_anew)
     yield from _load(name, rules, behind=made)
-    yield from _load(name, _cleared(wanted, present), behind=(*made, *rules))
+    yield from _change(name, going)
+    flushes = _flushes(present, {each.set for each in going if each.gone})
+    yield from _load(name, _cleared(wanted, present), behind=(*made, *rules, *flushes))
+
+
+def _coming(change: ElementChange) -> ElementChange:
+    """The keys that only come."""
+    old = {key for key, _ in change.gone}
+    return replace(change, gone=(), new=tuple(each for each in change.new if each[0] not in old))
+
+
+def _going(change: ElementChange) -> ElementChange:
+    """The keys that only go."""
+    new = {key for key, _ in change.new}
+    return replace(change, gone=tuple(each for each in change.gone if each[0] not in new), new=())
+
+
+def _with_more(sets: Iterable[NftSet], more: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[NftSet, ...]:
+    return tuple(replace(s, elements=(*s.elements, *more[s.name])) if more.get(s.name) else s for s in sets)
+
+
+def _flushes(table: Table, names: Container[str]) -> Iterator[str]:
+    """What stands for changes of sets where a transaction is only looked over: elements lead nowhere any more."""
+    for nft_set in table.sets:
+        if nft_set.name in names and nft_set.value:
+            yield f"flush {nft_set.keyword} inet {table.name} {nft_set.name}"
 
 
 def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterator[Change | Load]:
@@ -143,9 +172,7 @@ def _by_differences(
     behind = tuple(line for step in steps if isinstance(step, Load) for line in step.commands)
     rules = [line for old, new in zip(chains, wanted.chains, strict=True) if old != new for line in _anew(name, new)]
     yield from _load(name, rules, behind)
-    # Where they are only looked over the elements are still there.
-    flushes = (f"flush {s.keyword} inet {name} {s.name}" for s in sets if s.name in differences and s.value)
-    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules, *flushes))
+    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules, *_flushes(present, differences)))
 
 
 def _difference(nft_set: NftSet, change: ElementChange, taken: Container[str]) -> tuple[NftSet, NftSet]:

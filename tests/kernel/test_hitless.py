@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from agent import reconcile
+from agent.addresses import Prefix
+from agent.model import Hop, Route
+from agent.plan import AddRoute, Plan
 from tests.kernel.admin import Admin, lay_links, policy_text
-from tests.kernel.net import fresh_namespace, named_namespace
+from tests.kernel.net import Host, fresh_namespace, named_namespace
 
 #: A host behind the gateway, which speaks as inside whichever policy is in force, and one far away.
 MEMBER, WILD = "10.9.0.5", "198.51.100.10"
 #: Packets without a mark follow main, and its default, out of wan: nothing stops them here, so they can be counted.
 OPEN = {"enforce": False}
 TIMES = 6
-SENDER = f"""
+SENDER = """
 import signal, socket, sys
 going = True
 def stop(*_):
@@ -26,8 +30,8 @@ def stop(*_):
     going = False
 signal.signal(signal.SIGTERM, stop)
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.bind(("{MEMBER}", 0))
-sock.connect(("{WILD}", 9))
+sock.bind((sys.argv[1], 0))
+sock.connect((sys.argv[2], 9))
 sent = 0
 print("sending", flush=True)
 while going:
@@ -53,9 +57,16 @@ table inet watch {{
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Iterator[Admin]:
+def far() -> Iterator[Host]:
+    """What is at the end of all links."""
+    with named_namespace("far") as host:
+        yield host
+
+
+@pytest.fixture
+def admin(far: Host, tmp_path: Path) -> Iterator[Admin]:
     """A gateway that counts what of the member's leaves by which link; a host far away is at the end of all of them."""
-    with fresh_namespace("gw") as gw, named_namespace("far") as far:
+    with fresh_namespace("gw") as gw:
         lay_links(gw, far)
         far.ip("address", "add", f"{MEMBER}/24", "dev", "lan")
         far.ip("route", "add", WILD, "via", "10.9.0.1", "dev", "lan")
@@ -67,9 +78,9 @@ def admin(tmp_path: Path) -> Iterator[Admin]:
 
 
 @contextlib.contextmanager
-def sending(far: str) -> Iterator[subprocess.Popen[str]]:
-    """The member sends as fast as it can; how many it were it says when it is stopped."""
-    command = ["ip", "netns", "exec", far, sys.executable, "-c", SENDER]
+def sending(source: str = MEMBER, destination: str = WILD) -> Iterator[subprocess.Popen[str]]:
+    """A host sends as fast as it can; how many it were it says when it is stopped."""
+    command = ["ip", "netns", "exec", "far", sys.executable, "-c", SENDER, source, destination]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "sending\n"
@@ -135,13 +146,80 @@ PLAIN = ["10.9.0.0/24"]
 def test_no_packet_without_a_mark(admin: Admin, one: str, other: str) -> None:
     """Policies take turns while a member sends: all of its packets leave by its identity's link, and none by main's."""
     admin.apply(one)
-    with sending("far") as sender:
+    with sending() as sender:
         for _ in range(TIMES):
             admin.apply(other)
             admin.apply(one)
-        sender.terminate()
-        assert sender.stdout
-        sent = int(sender.stdout.read())
+        sent = stopped(sender)
     admin.host.settle()
-    assert sent > 1000
     assert (admin.host.counter("vpn0", "watch"), admin.host.counter("elsewhere", "watch")) == (sent, 0)
+
+
+def test_no_packet_without_a_mark_while_it_is_taken_back(admin: Admin) -> None:
+    """A plan whose last step fails is taken back, again and again."""
+    one, other = policy(PLAIN, nat=False), policy([*PLAIN, "10.1.2.3"], nat=True)
+    admin.apply(one)
+    impossible = AddRoute(Route(Prefix.parse("198.18.0.0/15"), 4001, (Hop("nowhere"),)))
+    with reconcile.opened() as kernel, sending() as sender:
+        for _ in range(4 * TIMES):
+            steps = reconcile.look(admin.write(other), kernel).plan.steps
+            with pytest.raises(reconcile.ApplyError, match="what was in force before still is"):
+                reconcile.apply(Plan((*steps, impossible)), kernel)
+        sent = stopped(sender)
+    admin.host.settle()
+    assert (admin.host.counter("vpn0", "watch"), admin.host.counter("elsewhere", "watch")) == (sent, 0)
+
+
+#: Behind what marks by the destination.
+ARRIVED = """
+table inet arrived {
+    counter marked { }
+    counter unmarked { }
+    chain arriving {
+        type filter hook prerouting priority -90; policy accept;
+        iifname "vpn0" udp dport 9 jump counted
+    }
+    chain counted {
+        meta mark != 0 counter name marked accept
+        counter name unmarked
+    }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(
+            policy_text({"members": PLAIN, "id": 5}, {"members": []}, kernel=OPEN, downstream=["lan"]), id="id"
+        ),
+        pytest.param(policy(PLAIN, mark_mask=0x00FF0000), id="mask"),
+    ],
+)
+def test_what_arrives_is_decided(admin: Admin, far: Host, other: str) -> None:
+    """Whatever a mark is about to be, what arrives on its identity's own link has one."""
+    gw = admin.host
+    lladdr = gw.ip_json("link", "show", "vpn0")[0]["address"]
+    far.ip("address", "add", f"{WILD}/32", "dev", "lo")
+    far.ip("address", "delete", f"{MEMBER}/24", "dev", "lan")
+    far.ip("route", "add", MEMBER, "dev", "vpn0")
+    far.ip("neighbour", "replace", MEMBER, "lladdr", lladdr, "dev", "vpn0")
+    gw.nft(ARRIVED)
+    one = policy(PLAIN)
+    admin.apply(one)
+    with sending(WILD, MEMBER) as sender:
+        for _ in range(TIMES):
+            admin.apply(other)
+            admin.apply(one)
+        sent = stopped(sender)
+    gw.settle()
+    assert (gw.counter("marked", "arrived"), gw.counter("unmarked", "arrived")) == (sent, 0)
+
+
+def stopped(sender: subprocess.Popen[str]) -> int:
+    """How many packets it has sent."""
+    sender.terminate()
+    assert sender.stdout
+    sent = int(sender.stdout.read())
+    assert sent > 1000
+    return sent

@@ -539,14 +539,17 @@ def test_link_moves() -> None:
 
 
 def test_new_mask() -> None:
-    """With another mask the new rules are there before the new marks, and the old ones until after."""
+    """With another mask the new rules are there before the new marks, and the old ones until after; what is said of
+    new marks is there before they are, and what was said of old ones after.
+    """
     kernel = Kernel(mark_mask=0xFC0000)
     marks = [
         replace(each, fwmark=replace(each.fwmark, value=each.id << 18, mask=0xFC0000)) for each in (INSIDE, OUTSIDE)
     ]
     kinds = [type(step) for step in plan(desire(policy(*marks, kernel=kernel), GATEWAY), IN_FORCE).steps]
     # The first and the last: the rule that refuses members without a mark.
-    assert kinds == [DeleteRule] + [AddRule] * 4 + [Load] + [DeleteRule] * 4 + [AddRule]
+    marked = [Change, Load, Change]
+    assert kinds == [DeleteRule] + [AddRule] * 4 + marked + [DeleteRule] * 4 + [AddRule]
 
 
 def test_former_address_is_refused() -> None:
