@@ -106,8 +106,9 @@ def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Chang
     meanwhile = replace(wanted, sets=_with_more(wanted.sets, {each.set: each.gone for each in going}))
     rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=rules_anew)
     yield from _load(name, rules, behind=made)
-    yield from _change(name, going)
-    flushes = _flushes(present, {each.set for each in going if each.gone})
+    gone = [*_change(name, going)]
+    yield from gone
+    flushes = (line for step in gone for line in _looked_over(step, present))
     yield from _load(name, _cleared(wanted, present), behind=(*made, *rules, *flushes))
 
 
@@ -127,11 +128,13 @@ def _with_more(sets: Iterable[NftSet], more: Mapping[str, Sequence[tuple[str, st
     return tuple(replace(s, elements=(*s.elements, *more[s.name])) if more.get(s.name) else s for s in sets)
 
 
-def _flushes(table: Table, names: Container[str]) -> Iterator[str]:
-    """What stands for changes of sets where a transaction is only looked over: elements lead nowhere any more."""
-    for nft_set in table.sets:
-        if nft_set.name in names and nft_set.value:
-            yield f"flush {nft_set.keyword} inet {table.name} {nft_set.name}"
+def _looked_over(step: Change | Load, table: Table) -> Iterator[str]:
+    """What a step is where a later one is only looked over: elements that have gone lead nowhere any more."""
+    if isinstance(step, Load):
+        yield from step.commands
+        return
+    gone = {change.set for change in step.changes if change.gone}
+    yield from (f"flush {s.keyword} inet {table.name} {s.name}" for s in table.sets if s.name in gone and s.value)
 
 
 def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterator[Change | Load]:
@@ -166,13 +169,12 @@ def _by_differences(
     # Elements that are about to go still lead there.
     left = [Chain(chain.name) for chain in _stale_chains(wanted, present) if chain.name.startswith(LED_TO)]
     asking = replace(wanted, sets=(*sets, *extra), chains=(*chains, *left))
-    steps = [*_rules(asking, present, rules_anew=rules_anew)]
+    steps = [*_rules(asking, present, rules_anew=rules_anew), *_change(name, changes)]
     yield from steps
-    yield from _change(name, changes)
-    behind = tuple(line for step in steps if isinstance(step, Load) for line in step.commands)
+    behind = tuple(line for step in steps for line in _looked_over(step, present))
     rules = [line for old, new in zip(chains, wanted.chains, strict=True) if old != new for line in _anew(name, new)]
     yield from _load(name, rules, behind)
-    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules, *_flushes(present, differences)))
+    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules))
 
 
 def _difference(nft_set: NftSet, change: ElementChange, taken: Container[str]) -> tuple[NftSet, NftSet]:

@@ -106,6 +106,17 @@ def test_second_pass_is_empty(case: Case) -> None:
     assert len(rules) == len(case.wanted.rules)
 
 
+@given(changes())
+def test_looked_over_beforehand(change: tuple[Desired, Desired]) -> None:
+    """What nft is going to be told stands as one transaction, behind what it is told before, while nothing is done."""
+    before, wanted = change
+    assume(before.policy.kernel.nft_table == wanted.policy.kernel.nft_table)
+    now = after(plan(before, NOTHING), NOTHING, before)
+    for step in plan(wanted, now).steps:
+        if isinstance(step, Load):
+            taken(Load(step.table, (*step.behind, *step.commands)), now, wanted)
+
+
 @given(cases())
 def test_only_what_differs(case: Case) -> None:
     """What is there and wanted is touched by no step: it is neither deleted nor put in again."""
