@@ -251,16 +251,17 @@ def _change(name: str, changes: Iterable[ElementChange]) -> Iterator[Change]:
 
 def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
     """What is declared before anything asks for it; chains with their rules, for elements point to them soon. A plan
-    that was cut short has left some empty.
+    that was cut short has left some empty, where no element leads yet.
     """
-    name, chains = wanted.name, {chain.name: chain for chain in present.chains}
-    counters = set(present.counters)
+    name, chains, counters = wanted.name, {chain.name for chain in present.chains}, set(present.counters)
     yield from (f"add counter inet {name} {c}" for c in wanted.counters if c not in counters)
     missing = [chain for chain in wanted.chains if not chain.hook and chain.name not in chains]
     yield from (f"add chain inet {name} {chain.name}" for chain in missing)
     yield from (commands.declaration(name, nft_set) for nft_set in new)
+    targets = {value for nft_set in present.sets if nft_set.value for _, value in nft_set.elements}
+    full = {chain.name for chain in present.chains if chain.rules or f"goto {chain.name}" in targets}
     for chain in wanted.chains:
-        if chain.name.startswith(LED_TO) and not (chain.name in chains and chains[chain.name].rules):
+        if chain.name.startswith(LED_TO) and chain.name not in full:
             yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
 
 
