@@ -123,11 +123,16 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
         else:
             commands.append(declaration(name, nft_set, nft_set.elements))
     if rules_anew:
-        commands += [f"add rule inet {name} {c.name} {rule_line(rule)}" for c in wanted.chains for rule in c.rules]
+        commands += [line for chain in wanted.chains for line in rules(name, chain)]
     # Last, for elements may have pointed there.
     commands += [f"delete chain inet {name} {chain}" for chain in stale_chains]
     commands += [f"delete counter inet {name} {c}" for c in present.counters if c not in needed]
     return tuple(commands)
+
+
+def rules(name: str, chain: Chain) -> Iterator[str]:
+    """The commands that put a chain's rules behind those that are there."""
+    return (f"add rule inet {name} {chain.name} {rule_line(rule)}" for rule in chain.rules)
 
 
 def declaration(name: str, nft_set: NftSet, elements: Sequence[tuple[str, str]] = ()) -> str:

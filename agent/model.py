@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from agent.addresses import Address, Family, Prefix, Prefixes
+from agent.addresses import Address, Addresses, Family, Prefix, Prefixes
 
 #: The routing protocol number of everything that is ours (deploy/rt_protos.d names it "idmark").
 PROTOCOL = 73
@@ -287,6 +287,10 @@ class Chain:
     about: tuple[str, ...] = field(default=(), compare=False)
 
 
+#: The keys of sets that are asked for an address, and its family.
+ADDRESSES = {f"{family}_addr": family for family in Family}
+
+
 @dataclass(frozen=True, slots=True)
 class NftSet:
     """A named set, or a map when `value` is given: key and value types, elements as nft writes them.
@@ -324,6 +328,24 @@ class ElementChange:
     key: str
     gone: Sequence[tuple[str, str]]
     new: Sequence[tuple[str, str]]
+
+    @property
+    def coming(self) -> ElementChange:
+        """The keys that only come."""
+        return replace(self, gone=(), new=_but(self.new, self.gone))
+
+    @property
+    def going(self) -> ElementChange:
+        """The keys that only go."""
+        return replace(self, gone=_but(self.gone, self.new), new=())
+
+
+def _but(elements: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """Those with keys that no other has."""
+    if isinstance(elements, Addresses) or not others:  # what has no value can't have another
+        return elements
+    keys = {key for key, _ in others}
+    return tuple(each for each in elements if each[0] not in keys)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from agent import ruleset
 from agent.addresses import Family, Prefix
 from agent.desired import Desired, priority_behind
 from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Fwmark, Route, Rule, Table
-from agent.stages import Change, Load, stages
+from agent.stages import Change, Load, replacement, stages
 
-__all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "relisting", "removal", "replacement", "restoration"]
+__all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "removal", "restoration"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,37 +368,6 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
             *(SetSrcValidMark(link, False) for link in sorted(now.src_valid_mark_ours - before.src_valid_mark_ours)),
         )
     )
-
-
-def replacement(name: str, listing: str) -> Load:
-    """A table as it was listed in the place of what is there by that name; no listing, no table."""
-    # `add` before `delete`: it goes whether it is there or not.
-    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing))
-
-
-def relisting(then: Table, listing: str, now: Table | None) -> tuple[Load, ...]:
-    """A table as it was listed, with all that it was `then`, in the place of what is there `now`.
-
-    No packet meets less meanwhile, and counters go on; but where a hook or a set's type is another now, which can't be
-    changed in place, it is replaced.
-    """
-    name, types = then.name, {nft_set.name: nft_set.type for nft_set in then.sets}
-    hooks = {chain.name: chain.hook for chain in then.chains}
-    if (
-        now is None
-        or now.dormant != then.dormant
-        or any(types.get(nft_set.name, nft_set.type) != nft_set.type for nft_set in now.sets)
-        or any(hooks.get(chain.name, chain.hook) != chain.hook for chain in now.chains)
-    ):
-        return (replacement(name, listing),)
-    flushes = (f"flush {s.keyword} inet {name} {s.name}" for s in now.sets if s.name in types)
-    extra = (
-        # First what leads somewhere.
-        *(f"delete {s.keyword} inet {name} {s.name}" for s in now.sets if s.name not in types),
-        *(f"delete chain inet {name} {chain.name}" for chain in now.chains if chain.name not in hooks),
-        *(f"delete counter inet {name} {counter}" for counter in sorted({*now.counters} - {*then.counters})),
-    )
-    return (Load(name, (f"flush table inet {name}", *flushes, listing)), *[Load(name, extra)] * bool(extra))
 
 
 def _delete_table(name: str) -> Load:

@@ -32,10 +32,9 @@ from agent.plan import (
     Step,
     closes,
     plan,
-    relisting,
     removal,
-    replacement,
 )
+from agent.stages import relisting, replacement
 
 
 class HostError(IdmarkError):
@@ -232,7 +231,7 @@ class _Listed:
     then: Table
     text: str
 
-    def steps(self, kernel: Seams) -> tuple[Load, ...]:
+    def steps(self, kernel: Seams) -> Iterator[Load]:
         return relisting(self.then, self.text, kernel.nfnl.table(self.then.name))
 
 

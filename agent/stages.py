@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from agent import commands
-from agent.addresses import Addresses, Family
-from agent.model import Chain, ElementChange, NftSet, Statement, Table
+from agent.addresses import Addresses
+from agent.model import ADDRESSES, Chain, ElementChange, NftSet, Statement, Table
 
 #: How the names of chains begin that elements lead to: they are filled before any element comes.
 LED_TO = ("id-", "left-", "arrived-")
-#: The keys of sets that are asked for an address: a packet asks one after the other, the longest prefixes first.
-ADDRESSES = frozenset(f"{family}_addr" for family in Family)
 #: So many elements are not put in with the rules that ask for them, even where there were no rules before.
 BULK = 1000
 
@@ -66,18 +64,24 @@ def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterato
     if present is None or not present.chains:
         yield from _from_nothing(wanted, present)
         return
-    there = {nft_set.name: nft_set for nft_set in present.sets}
-    kept = {s.name: s for s in wanted.sets if s.name in there and there[s.name].type == s.type}
-    right = replace(present, sets=tuple(_with_elements(s, kept.get(s.name)) for s in present.sets))
+    kept = _kept(wanted, present)
+    as_wanted = {s.name: s for s, _ in kept}
+    right = replace(present, sets=tuple(_with_elements(s, as_wanted.get(s.name)) for s in present.sets))
     if not commands.transaction(wanted, right, rules_anew=rules_anew):
-        yield from _elements_alone(wanted.name, [(nft_set, there[nft_set.name]) for nft_set in kept.values()])
+        yield from _elements_alone(wanted.name, kept)
         return
-    changes = [commands.difference(s, there[s.name]) for s in kept.values() if _is_layer(s)]
+    changes = [commands.difference(s, there) for s, there in kept if _is_layer(s)]
     changes = [change for change in changes if (change.gone or change.new) and not _has_all_others(change)]
     if changes:
         yield from _by_differences(wanted, present, changes, rules_anew=rules_anew)
     else:
         yield from _rules(wanted, present, rules_anew=rules_anew)
+
+
+def _kept(wanted: Table, present: Table) -> list[tuple[NftSet, NftSet]]:
+    """The sets that stay, as they are wanted and as they are."""
+    there = {nft_set.name: nft_set for nft_set in present.sets}
+    return [(s, there[s.name]) for s in wanted.sets if s.name in there and there[s.name].type == s.type]
 
 
 def _is_layer(nft_set: NftSet) -> bool:
@@ -90,11 +94,11 @@ def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Chang
     ones go when none asks them any more. So do the elements of the others, of marks and links; but what a key stands
     for changes with the rules, for a mark may be about to mean somebody else.
     """
-    name, there = wanted.name, {nft_set.name: nft_set for nft_set in present.sets}
+    name, there = wanted.name, {nft_set.name for nft_set in present.sets}
     new = [s for s in wanted.sets if s.name not in there]
-    said = [s for s in wanted.sets if s.name in there and there[s.name].type == s.type and s.key not in ADDRESSES]
-    changes = [change for s in said if not _has_all_others(change := commands.difference(s, there[s.name]))]
-    coming, going = [_coming(change) for change in changes], [_going(change) for change in changes]
+    said = [commands.difference(s, each) for s, each in _kept(wanted, present) if s.key not in ADDRESSES]
+    changes = [change for change in said if not _has_all_others(change)]
+    coming, going = [change.coming for change in changes], [change.going for change in changes]
     made = tuple(_made(wanted, present, new))
     yield from _load(name, made)
     yield from _change(name, [*(commands.difference(s, None) for s in new if not s.interval), *coming])
@@ -110,18 +114,6 @@ def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Chang
     yield from gone
     flushes = (line for step in gone for line in _looked_over(step, present))
     yield from _load(name, _cleared(wanted, present), behind=(*made, *rules, *flushes))
-
-
-def _coming(change: ElementChange) -> ElementChange:
-    """The keys that only come."""
-    old = {key for key, _ in change.gone}
-    return replace(change, gone=(), new=tuple(each for each in change.new if each[0] not in old))
-
-
-def _going(change: ElementChange) -> ElementChange:
-    """The keys that only go."""
-    new = {key for key, _ in change.new}
-    return replace(change, gone=tuple(each for each in change.gone if each[0] not in new), new=())
 
 
 def _with_more(sets: Iterable[NftSet], more: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[NftSet, ...]:
@@ -164,7 +156,7 @@ def _by_differences(
     taken = {nft_set.name for nft_set in (*present.sets, *wanted.sets)}
     differences = {change.set: _difference(there[change.set], change, taken) for change in changes}
     extra = [nft_set for pair in differences.values() for nft_set in pair if nft_set.elements]
-    sets = [replace(s, elements=there[s.name].elements) if s.name in differences else s for s in wanted.sets]
+    sets = [_with_elements(s, there[s.name] if s.name in differences else None) for s in wanted.sets]
     chains = tuple(replace(chain, rules=tuple(_asking(chain.rules, differences))) for chain in wanted.chains)
     # Elements that are about to go still lead there.
     left = [Chain(chain.name) for chain in _stale_chains(wanted, present) if chain.name.startswith(LED_TO)]
@@ -172,7 +164,8 @@ def _by_differences(
     steps = [*_rules(asking, present, rules_anew=rules_anew), *_change(name, changes)]
     yield from steps
     behind = tuple(line for step in steps for line in _looked_over(step, present))
-    rules = [line for old, new in zip(chains, wanted.chains, strict=True) if old != new for line in _anew(name, new)]
+    others = [new for old, new in zip(chains, wanted.chains, strict=True) if old != new]
+    rules = [line for c in others for line in (f"flush chain inet {name} {c.name}", *commands.rules(name, c))]
     yield from _load(name, rules, behind)
     yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules))
 
@@ -182,11 +175,6 @@ def _difference(nft_set: NftSet, change: ElementChange, taken: Container[str]) -
     coming, going = (_free(f"{change.set}-{word}", taken) for word in ("coming", "going"))
     gone = change.gone if isinstance(change.gone, Addresses) else tuple((key, "") for key, _ in change.gone)
     return NftSet(coming, change.key, nft_set.value, elements=change.new), NftSet(going, change.key, elements=gone)
-
-
-def _anew(name: str, chain: Chain) -> Iterator[str]:
-    yield f"flush chain inet {name} {chain.name}"
-    yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
 
 
 def _free(name: str, taken: Container[str]) -> str:
@@ -262,7 +250,7 @@ def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
     full = {chain.name for chain in present.chains if chain.rules or f"goto {chain.name}" in targets}
     for chain in wanted.chains:
         if chain.name.startswith(LED_TO) and chain.name not in full:
-            yield from (f"add rule inet {name} {chain.name} {commands.rule_line(rule)}" for rule in chain.rules)
+            yield from commands.rules(name, chain)
 
 
 def _cleared(wanted: Table, present: Table) -> Iterator[str]:
@@ -307,3 +295,33 @@ def _with_stale(wanted: Table, before: Table) -> Table:
 
 def _with_elements(nft_set: NftSet, of: NftSet | None) -> NftSet:
     return replace(nft_set, elements=of.elements) if of else nft_set
+
+
+# --- back ------------------------------------------------------------------------------------------------------------
+
+
+def replacement(name: str, listing: str) -> Load:
+    """A table as it was listed in the place of what is there by that name; no listing, no table."""
+    # `add` before `delete`: it goes whether it is there or not.
+    return Load(name, (f"add table inet {name}", f"delete table inet {name}", listing))
+
+
+def relisting(then: Table, listing: str, now: Table | None) -> Iterator[Load]:
+    """A table as it was listed, with all that it was `then`, in the place of what is there `now`.
+
+    No packet meets less meanwhile, and counters go on; but where a hook or a set's type is another now, which can't be
+    changed in place, it is replaced.
+    """
+    name, types = then.name, {nft_set.name: nft_set.type for nft_set in then.sets}
+    hooks = {chain.name: chain.hook for chain in then.chains}
+    if (
+        now is None
+        or now.dormant != then.dormant
+        or any(types.get(nft_set.name, nft_set.type) != nft_set.type for nft_set in now.sets)
+        or any(hooks.get(chain.name, chain.hook) != chain.hook for chain in now.chains)
+    ):
+        yield replacement(name, listing)
+        return
+    flushes = (f"flush {s.keyword} inet {name} {s.name}" for s in now.sets if s.name in types)
+    yield Load(name, (f"flush table inet {name}", *flushes, listing))
+    yield from _load(name, _cleared(then, now))

@@ -23,7 +23,7 @@ from agent.kernel.counters import NFT_OBJECT_COUNTER, counts
 from agent.kernel.elements import VERDICTS, unpack
 from agent.kernel.known import Known
 from agent.kernel.netlink import ATTEMPTS, HEADER, NETLINK_NETFILTER, PAUSE, Netlink
-from agent.model import Chain, Count, ElementChange, Hook, NftSet, Statement, Table
+from agent.model import ADDRESSES, Chain, Count, ElementChange, Hook, NftSet, Statement, Table
 from agent.prefixes import Span
 
 NFNL_SUBSYS_NFTABLES = 10
@@ -58,7 +58,6 @@ HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 #: concatenation. The kernel keeps them for libnftables, and doesn't look at them.
 KEY_TYPES = {7: "ipv4_addr", 8: "ipv6_addr", 19: "mark", 41: "ifname"}
 KEY_BYTES = {"ipv4_addr": 4, "ipv6_addr": 16, "mark": 4, "ifname": 16}
-ADDRESSES = {f"{family}_addr": family for family in Family}
 #: More elements than this are not read back at every look; but again after so many times what that took (a million: a
 #: quarter of an hour), and when there are more or less.
 TRUSTED, TRUST = 4096, 50

@@ -20,8 +20,8 @@ from agent.kernel import KernelError
 from agent.kernel.attributes import attribute
 from agent.kernel.elements import pack, stride
 from agent.kernel.netlink import ATTRIBUTE, NETLINK_NETFILTER, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, Netlink
-from agent.kernel.nfnl import ADDRESSES, ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
-from agent.model import ElementChange
+from agent.kernel.nfnl import ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
+from agent.model import ADDRESSES, ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17
@@ -114,13 +114,13 @@ def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[Elem
         return
     coming, going = [], []
     for change in changes:
-        replaced: dict[str, tuple[str, str]] = {}
-        if change.gone and not isinstance(change.gone, Addresses):  # what has no value can't have another
-            new = {key for key, _ in change.new}
-            replaced = {key: (key, value) for key, value in change.gone if key in new}
-        coming.append(ElementChange(change.set, change.key, tuple(replaced.values()), change.new))
-        left = tuple(each for each in change.gone if each[0] not in replaced) if replaced else change.gone
-        going.append(ElementChange(change.set, change.key, left, ()))
+        goes = change.going
+        stays: tuple[tuple[str, str], ...] = ()
+        if len(goes.gone) < len(change.gone):
+            left = {*goes.gone}
+            stays = tuple(each for each in change.gone if each not in left)
+        coming.append(replace(change, gone=stays))
+        going.append(goes)
     yield from ((part,) for change in coming for part in _split(change, size) if part.gone or part.new)
     yield from _batched((part for change in reversed(going) for part in _split(change, size)), size)
 

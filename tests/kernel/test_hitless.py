@@ -78,7 +78,7 @@ def admin(far: Host, tmp_path: Path) -> Iterator[Admin]:
 
 
 @contextlib.contextmanager
-def sending(source: str = MEMBER, destination: str = WILD) -> Iterator[subprocess.Popen[str]]:
+def sending(source: str, destination: str) -> Iterator[subprocess.Popen[str]]:
     """A host sends as fast as it can; how many it were it says when it is stopped."""
     command = ["ip", "netns", "exec", "far", sys.executable, "-c", SENDER, source, destination]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -145,12 +145,7 @@ PLAIN = ["10.9.0.0/24"]
 )
 def test_no_packet_without_a_mark(admin: Admin, one: str, other: str) -> None:
     """Policies take turns while a member sends: all of its packets leave by its identity's link, and none by main's."""
-    admin.apply(one)
-    with sending() as sender:
-        for _ in range(TIMES):
-            admin.apply(other)
-            admin.apply(one)
-        sent = stopped(sender)
+    sent = taking_turns(admin, one, other, MEMBER, WILD)
     admin.host.settle()
     assert (admin.host.counter("vpn0", "watch"), admin.host.counter("elsewhere", "watch")) == (sent, 0)
 
@@ -160,7 +155,7 @@ def test_no_packet_without_a_mark_while_it_is_taken_back(admin: Admin) -> None:
     one, other = policy(PLAIN, nat=False), policy([*PLAIN, "10.1.2.3"], nat=True)
     admin.apply(one)
     impossible = AddRoute(Route(Prefix.parse("198.18.0.0/15"), 4001, (Hop("nowhere"),)))
-    with reconcile.opened() as kernel, sending() as sender:
+    with reconcile.opened() as kernel, sending(MEMBER, WILD) as sender:
         for _ in range(4 * TIMES):
             steps = reconcile.look(admin.write(other), kernel).plan.steps
             with pytest.raises(reconcile.ApplyError, match="what was in force before still is"):
@@ -205,15 +200,19 @@ def test_what_arrives_is_decided(admin: Admin, far: Host, other: str) -> None:
     far.ip("route", "add", MEMBER, "dev", "vpn0")
     far.ip("neighbour", "replace", MEMBER, "lladdr", lladdr, "dev", "vpn0")
     gw.nft(ARRIVED)
-    one = policy(PLAIN)
+    sent = taking_turns(admin, policy(PLAIN), other, WILD, MEMBER)
+    gw.settle()
+    assert (gw.counter("marked", "arrived"), gw.counter("unmarked", "arrived")) == (sent, 0)
+
+
+def taking_turns(admin: Admin, one: str, other: str, source: str, destination: str) -> int:
+    """Two policies take turns while a host sends; how many packets."""
     admin.apply(one)
-    with sending(WILD, MEMBER) as sender:
+    with sending(source, destination) as sender:
         for _ in range(TIMES):
             admin.apply(other)
             admin.apply(one)
-        sent = stopped(sender)
-    gw.settle()
-    assert (gw.counter("marked", "arrived"), gw.counter("unmarked", "arrived")) == (sent, 0)
+        return stopped(sender)
 
 
 def stopped(sender: subprocess.Popen[str]) -> int:
