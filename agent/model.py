@@ -339,6 +339,18 @@ class ElementChange:
         """The keys that only go."""
         return replace(self, gone=_but(self.gone, self.new), new=())
 
+    @property
+    def but_going(self) -> ElementChange:
+        """The others: those that come, and those that get another value."""
+        if isinstance(self.gone, Addresses):
+            return replace(self, gone=())
+        keys = {key for key, _ in self.new}
+        return replace(self, gone=tuple(each for each in self.gone if each[0] in keys))
+
+    def __bool__(self) -> bool:
+        """Whether anything changes."""
+        return bool(self.gone or self.new)
+
 
 def _but(elements: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
     """Those with keys that no other has."""

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from agent import ruleset
 from agent.addresses import Family, Prefix
+from agent.commands import chain_command, rules
 from agent.desired import Desired, priority_behind
-from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Fwmark, Route, Rule, Table
+from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Chain, Fwmark, Route, Rule, Table
 from agent.stages import Change, Load, replacement, stages
 
 __all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "removal", "restoration"]
@@ -156,6 +157,11 @@ def closes(step: Step) -> bool:
     return isinstance(step, AddRule | Change | Load)
 
 
+def is_late(step: Step) -> bool:
+    """Whether it takes away what packets may want that have been on their way since others were marked otherwise."""
+    return step.late if isinstance(step, Change | Load) else isinstance(step, DeleteRoute | DeleteRule)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Steps in the order to take them: make before break. An empty plan says that everything is in force."""
@@ -183,7 +189,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
 
     When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
     which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
-    come when nothing is left of the old roads.
+    come when nothing is left of the old roads. They are opened when no packet is on its way any more that has its mark
+    from the old rules.
     """
     wanted = ruleset.table(desired)
     add_routes, delete_routes = _route_steps(desired.routes, observed.routes)
@@ -191,21 +198,18 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
-    closing, handover = _handover(desired, observed, wanted)
-    new_marks = (
-        *stages(wanted, observed.table, rules_anew=handover),
-        *map(_delete_table, observed.other_tables),
-    )
+    closed = _handover(desired, observed, wanted)
+    new_marks = (*stages(wanted, observed.table, closed), *map(_delete_table, observed.other_tables))
     taking_away = (*delete_rules, *delete_routes)
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
             *_wake(observed.table),
-            *([Load(wanted.name, closing)] if closing else []),
+            *(_close(wanted.name, closed) if closed else ()),
             *(delete_guards if marked else add_guards),
             *add_routes,
             *add_rules,
-            *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
+            *((*taking_away, *new_marks) if closed else (*new_marks, *taking_away)),
             *(add_guards if marked else delete_guards),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
@@ -249,22 +253,29 @@ def _wake(table: Table | None) -> Iterator[Load]:
         yield Load(table.name, (f"add table inet {table.name}",))
 
 
-def _handover(desired: Desired, observed: Observed, wanted: Table) -> tuple[tuple[str, ...], bool]:
-    """Whether a mark would meet another one's road on the way, or is closed already by a plan that was cut short; and
-    before it the commands that close who would.
+def _handover(desired: Desired, observed: Observed, wanted: Table) -> Chain | None:
+    """The chain that closes the marks which would meet another one's road on the way; it may be there already, from a
+    plan that was cut short. None: no road changes hands.
     """
     present = observed.table
     if present is None:
-        return (), False
+        return None
     old, new = _Routing.of(observed.rules, observed.routes), _Routing.of(desired.rules, desired.routes)
     astray = set(_strays(present, wanted, old, new))
-    if not (astray or any(_strays(wanted, present, new, old)) or ruleset.is_closing(present)):
-        return (), False
+    closed = [*ruleset.marks_closed(present)]
+    if not (astray or any(_strays(wanted, present, new, old)) or closed):
+        return None
     going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
     masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    closed = (mark for mark in ruleset.roads(present) if mark in astray or going.tables(mark))
-    marks = (Fwmark(mark, mask) for mark in closed for mask in sorted(masks) if not mark & ~mask)
-    return ruleset.closing(wanted.name, marks), True
+    marks = (mark for mark in ruleset.roads(present) if mark in astray or going.tables(mark))
+    closed += (Fwmark(mark, mask) for mark in marks for mask in sorted(masks) if not mark & ~mask)
+    return ruleset.closed(dict.fromkeys(closed))
+
+
+def _close(name: str, closed: Chain) -> Iterator[Load]:
+    if closed.rules:
+        anew = (chain_command(name, closed), f"flush chain inet {name} {closed.name}", *rules(name, closed))
+        yield Load(name, anew, marking=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,25 +354,30 @@ def removal(observed: Observed) -> Plan:
 def restoration(before: Observed, listings: Mapping[str, str], now: Observed) -> Plan:
     """How to get back to what was there, policy or not. `listings` are the nft tables of then that are others now.
 
-    A table is replaced as a whole here, and for that moment nobody marks: so whoever has a mark is closed first, and
-    rules come before the tables and go after them.
+    A table is replaced as a whole here, and for that moment nobody marks: so whoever has a mark is closed meanwhile,
+    and rules come before the tables and go after them.
     """
     add_routes, delete_routes = _route_steps(before.routes, now.routes)
     adding, deleting = _rule_steps(frozenset(before.rules), now.rules)
     names = {table.name for table in (before.table, now.table) if table}
     gone = [name for name in (*names, *now.other_tables) if name not in listings and name not in before.tables]
-    closing: list[Step] = []
+    texts, closing, opening = dict(listings), list[Load](), list[Load]()
     if now.table and now.table.name in (*listings, *gone):
         masks = {rule.fwmark.mask for rule in now.rules if rule.fwmark}
         marks = [Fwmark(mark, mask) for mark in ruleset.roads(now.table) for mask in masks if not mark & ~mask]
-        closing += [Load(now.table.name, ruleset.closing(now.table.name, sorted(marks)))] * bool(marks)
+        name, closed = now.table.name, ruleset.closed(sorted(marks))
+        closing += _close(name, closed)
+        if closing and name in texts:
+            texts[name] += closing[0].text
+            opening.append(Load(name, (f"delete chain inet {name} {closed.name}",), late=True))
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(before.src_valid_mark_ours - now.src_valid_mark_ours)),
             *closing,
             *add_routes,
             *adding,
-            *(replacement(name, text) for name, text in sorted(listings.items())),
+            *(replacement(name, text) for name, text in sorted(texts.items())),
+            *opening,
             *map(_delete_table, sorted(gone)),
             *deleting,
             *delete_routes,

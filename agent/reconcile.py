@@ -11,7 +11,7 @@ from agent import IdmarkError, model, ruleset
 from agent import facts as host
 from agent.addresses import Prefix
 from agent.desired import NOBODY, Desired, desire
-from agent.kernel import KernelError, known, runtime
+from agent.kernel import KernelError, known, passage, runtime
 from agent.kernel.nfnl import Nfnl
 from agent.kernel.nfset import Nfset
 from agent.kernel.nft import Nft
@@ -31,6 +31,7 @@ from agent.plan import (
     SetSrcValidMark,
     Step,
     closes,
+    is_late,
     plan,
     removal,
 )
@@ -140,6 +141,7 @@ def apply(chosen: Plan, kernel: Seams) -> None:
     keeps the identities closed.
     """
     undo: list[Step | _Listed] = []
+    taker = _Taker(kernel)
     try:
         # libnftables and the kernel look the ruleset over before anything is touched.
         for load in _checked(chosen):
@@ -148,11 +150,11 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         for step in chosen.steps:
             with signals_held():
                 back = before.back_from(step)
-                _take(step, kernel)
+                taker.take(step)
                 undo += [back] if back else []
     except BaseException as error:  # also Ctrl-C and the like: never a mixture
         with signals_held():
-            left = _take_back(undo, kernel)
+            left = _take_back(undo, kernel, taker)
         if left:
             raise ApplyError(f"{error}; and what was done could not all be taken back: {'; '.join(left)}") from error
         if isinstance(error, KernelError):
@@ -185,9 +187,10 @@ def mend(chosen: Plan, kernel: Seams) -> Mended:
     identity closed those behind it are not taken.
     """
     taken, refused = list[Step](), list[str]()
+    taker = _Taker(kernel)
     for step in chosen.steps:
         try:
-            _take(step, kernel)
+            taker.take(step)
         except KernelError as error:
             if closes(step):
                 return Mended(tuple(taken), tuple(refused), error)
@@ -274,6 +277,22 @@ def _plain_inverse(step: Load) -> Load | None:
     return Load(step.table, tuple(" ".join(["delete", *each[1:]]) for each in words))
 
 
+class _Taker:
+    """Who takes steps one after the other, late ones when all packets are through that were on their way before."""
+
+    def __init__(self, kernel: Seams) -> None:
+        self._kernel = kernel
+        self._unsettled = False
+
+    def take(self, step: Step) -> None:
+        """Raises KernelError."""
+        if self._unsettled and is_late(step):
+            passage.wait()
+            self._unsettled = False
+        self._unsettled |= isinstance(step, Change | Load) and step.marking
+        _take(step, self._kernel)
+
+
 def _take(step: Step, kernel: Seams) -> None:
     match step:
         case AddRoute(route):
@@ -298,13 +317,13 @@ def _take(step: Step, kernel: Seams) -> None:
                 kernel.nft.load(step.text)
 
 
-def _take_back(undo: list[Step | _Listed], kernel: Seams) -> list[str]:
+def _take_back(undo: list[Step | _Listed], kernel: Seams, taker: _Taker) -> list[str]:
     """What could not be taken back, in words."""
     left = []
     for step in reversed(undo):
         try:
             for each in step.steps(kernel) if isinstance(step, _Listed) else (step,):
-                _take(each, kernel)
+                taker.take(each)
         except KernelError as error:
             left.append(str(error))
     return left

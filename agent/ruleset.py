@@ -27,8 +27,9 @@ TCP_HEADERS = {Family.IPV4: 40, Family.IPV6: 60}
 
 #: Where the kernel keeps what was loaded, and how it starts.
 DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
-#: How the comment starts of a rule that closes an identity while roads change.
-CLOSING_COMMENT = "closed while roads change: "
+#: The chain that lets nothing out with certain marks while roads change, just before all else is looked at there; and
+#: how its rules' comments start.
+CLOSED, CLOSED_PRIORITY, CLOSED_COMMENT = "closed", POSTROUTING_PRIORITY - 1, "closed while roads change: "
 
 IS_DNAT_REPLY = "ct status dnat ct direction reply"
 #: What the kernel's own check of sources does where a host has no rules: inet_lookup_ifaddr_rcu() in
@@ -523,18 +524,28 @@ def _misrouted(desired: Desired) -> str:
 # --- on the way from one table to the next ----------------------------------------------------------------------------
 
 
-def closing(name: str, marks: Iterable[Fwmark]) -> tuple[str, ...]:
-    """Commands that let no packet with these marks out, until the rules are put in anew."""
-    return tuple(
-        f'insert rule inet {name} postrouting oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x} drop '
-        f'comment "{CLOSING_COMMENT}{mark}"'
-        for mark in marks
+def closed(marks: Iterable[Fwmark]) -> Chain:
+    """The chain that lets no packet with these marks out; what never leaves this host stays."""
+    return Chain(
+        CLOSED,
+        tuple(
+            Statement(
+                f'oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x} drop',
+                f"{CLOSED_COMMENT}{mark}",
+            )
+            for mark in marks
+        ),
+        Hook("filter", "postrouting", CLOSED_PRIORITY),
     )
 
 
-def is_closing(present: Table) -> bool:
-    """Whether a table still has what `closing` put there."""
-    return any(rule.comment.startswith(CLOSING_COMMENT) for chain in present.chains for rule in chain.rules)
+def marks_closed(present: Table) -> Iterator[Fwmark]:
+    """The marks that a table lets out nowhere, as `closed` has it."""
+    for rule in (rule for chain in present.chains if chain.name == CLOSED for rule in chain.rules):
+        start, _, mark = rule.comment.partition(CLOSED_COMMENT)
+        value, _, mask = mark.partition("/")
+        if mask and not start:
+            yield Fwmark(int(value, 16), int(mask, 16))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 A packet is on its way through the rules while a transaction is committed: then it goes on by the old rules, and sees
 of every set what it holds from then on (generations in net/netfilter/nf_tables_core.c and nf_tables_api.c). So what
-new rules ask for is there before them, and what old rules ask for goes after them.
+new rules ask for is there before them, and what old rules ask for goes after them: later, when all packets are through
+that were on their way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -23,10 +25,12 @@ BULK = 1000
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Elements of a table's sets, none of them intervals, that go and come."""
+    """Elements of a table's sets, none of them intervals, that go and come; the rest is as of `Load`."""
 
     table: str
     changes: tuple[ElementChange, ...]
+    late: bool = False
+    marking: bool = True
 
     def lines(self) -> Iterator[str]:
         for change in self.changes:
@@ -34,19 +38,24 @@ class Change:
                 yield f"{'-' if command.startswith('delete ') else '+'} nft {command}"
 
     def inverse(self) -> Change:
-        return Change(self.table, tuple(replace(each, gone=each.new, new=each.gone) for each in self.changes))
+        changes = tuple(replace(each, gone=each.new, new=each.gone) for each in self.changes)
+        return Change(self.table, changes, late=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """One nft transaction on a table. Its inverse is the table's listing from before: only who acts can take that.
 
-    `behind` are commands of an earlier step, without which nothing can be said of these.
+    `behind` are commands of an earlier step, without which nothing can be said of these. `marking`: who is on his way
+    meanwhile may be marked as before, or get another mark; `late`: it is for when nobody is on his way any more who was
+    at a step like that.
     """
 
     table: str
     commands: tuple[str, ...]
     behind: tuple[str, ...] = ()
+    late: bool = False
+    marking: bool = True
 
     @property
     def text(self) -> str:
@@ -59,23 +68,29 @@ class Load:
                 yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
 
 
-def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Change | Load]:
-    """What to do, in order; nothing if the tables are the same."""
+def stages(wanted: Table, present: Table | None, closed: Chain | None = None) -> Iterator[Change | Load]:
+    """What to do, in order; nothing if the tables are the same.
+
+    `closed` is a chain that is there, too, and let nobody through who has certain marks: then all rules come anew, and
+    it goes when nobody is on his way who has such a mark from the old ones.
+    """
     if present is None or not present.chains:
         yield from _from_nothing(wanted, present)
         return
+    if closed:
+        present = replace(present, chains=tuple(chain for chain in present.chains if chain.name != closed.name))
     kept = _kept(wanted, present)
     as_wanted = {s.name: s for s, _ in kept}
     right = replace(present, sets=tuple(_with_elements(s, as_wanted.get(s.name)) for s in present.sets))
-    if not commands.transaction(wanted, right, rules_anew=rules_anew):
+    if not commands.transaction(wanted, right, rules_anew=closed is not None):
         yield from _elements_alone(wanted.name, kept)
         return
     changes = [commands.difference(s, there) for s, there in kept if _is_layer(s)]
-    changes = [change for change in changes if (change.gone or change.new) and not _has_all_others(change)]
+    changes = [change for change in changes if change and not _has_all_others(change)]
     if changes:
-        yield from _by_differences(wanted, present, changes, rules_anew=rules_anew)
+        yield from _by_differences(wanted, present, changes, closed)
     else:
-        yield from _rules(wanted, present, rules_anew=rules_anew)
+        yield from _rules(wanted, present, closed)
 
 
 def _kept(wanted: Table, present: Table) -> list[tuple[NftSet, NftSet]]:
@@ -89,7 +104,7 @@ def _is_layer(nft_set: NftSet) -> bool:
     return nft_set.key in ADDRESSES and not nft_set.interval
 
 
-def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Change | Load]:
+def _rules(wanted: Table, present: Table, closed: Chain | None) -> Iterator[Change | Load]:
     """Where no set changes that rules go on asking for addresses: new ones are filled before any rule asks them, old
     ones go when none asks them any more. So do the elements of the others, of marks and links; but what a key stands
     for changes with the rules, for a mark may be about to mean somebody else.
@@ -100,20 +115,26 @@ def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Chang
     changes = [change for change in said if not _has_all_others(change)]
     coming, going = [change.coming for change in changes], [change.going for change in changes]
     made = tuple(_made(wanted, present, new))
-    yield from _load(name, made)
+    yield from _load(name, made, marking=False)
     yield from _change(name, [*(commands.difference(s, None) for s in new if not s.interval), *coming])
     intervals = (line for s in new if s.interval for line in commands.element_changes(name, s, None))
     yield from _load(name, intervals, behind=made)
     before = _with_made(
         replace(present, sets=_with_more(present.sets, {each.set: each.new for each in coming})), wanted
     )
-    meanwhile = replace(wanted, sets=_with_more(wanted.sets, {each.set: each.gone for each in going}))
-    rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=rules_anew)
+    still = (closed,) if closed else ()
+    meanwhile = replace(
+        wanted,
+        sets=_with_more(wanted.sets, {each.set: each.gone for each in going}),
+        chains=(*wanted.chains, *still),
+    )
+    rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=bool(closed))
     yield from _load(name, rules, behind=made)
-    gone = [*_change(name, going)]
+    gone = [*_change(name, going, late=True, marking=False)]
     yield from gone
     flushes = (line for step in gone for line in _looked_over(step, present))
-    yield from _load(name, _cleared(wanted, present), behind=(*made, *rules, *flushes))
+    old = replace(present, chains=(*present.chains, *still))
+    yield from _load(name, _cleared(wanted, old), behind=(*made, *rules, *flushes), late=True, marking=False)
 
 
 def _with_more(sets: Iterable[NftSet], more: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[NftSet, ...]:
@@ -139,18 +160,41 @@ def _elements_alone(name: str, kept: Iterable[tuple[NftSet, NftSet]]) -> Iterato
             lines += commands.element_changes(name, wanted, present)
         else:
             changes.append(change)
-    yield from _change(name, changes)
+    for late, phase in _phases([*filter(None, changes)]):
+        yield from _change(name, phase, late=late)
     yield from _load(name, lines)
 
 
+def _phases(changes: Sequence[ElementChange]) -> Iterator[tuple[bool, Sequence[ElementChange]]]:
+    """Changes in the order to make them in, and whether they are late: what a packet may meet partly done is not.
+
+    Sets with one kind of addresses are asked one after the other. Who has missed a longer prefix which comes must not
+    find a shorter one that comes with it: so they come one by one, the longest prefixes first, with the values that
+    they take the place of. Then all goes that only goes, against that order: it is found, or what it hid.
+    """
+    ranks = Counter[str]()
+    coming: list[list[ElementChange]] = []
+    for change in changes:
+        rank = ranks[change.key]
+        ranks[change.key] += change.key in ADDRESSES
+        coming += [[]] if rank == len(coming) else []
+        coming[rank].append(change)
+    if len(coming) < 2:
+        yield False, changes
+        return
+    yield from ((True, [change.but_going for change in phase]) for phase in coming)
+    yield True, [change.going for change in coming.pop()]
+    yield from ((False, [change.going for change in phase]) for phase in reversed(coming))
+
+
 def _by_differences(
-    wanted: Table, present: Table, changes: Sequence[ElementChange], *, rules_anew: bool
+    wanted: Table, present: Table, changes: Sequence[ElementChange], closed: Chain | None
 ) -> Iterator[Change | Load]:
     """Where rules change, and with them sets that they go on asking for addresses.
 
     First to rules that ask for the differences, too, which are sets of their own and filled before: what comes is in
     there already, what goes is there no longer. While that is in force the sets themselves are changed, in portions,
-    and no packet sees anything of it. Then to the rules that are wanted.
+    later, and no packet sees anything of it. Then to the rules that are wanted.
     """
     name, there = wanted.name, {nft_set.name: nft_set for nft_set in present.sets}
     taken = {nft_set.name for nft_set in (*present.sets, *wanted.sets)}
@@ -161,13 +205,13 @@ def _by_differences(
     # Elements that are about to go still lead there.
     left = [Chain(chain.name) for chain in _stale_chains(wanted, present) if chain.name.startswith(LED_TO)]
     asking = replace(wanted, sets=(*sets, *extra), chains=(*chains, *left))
-    steps = [*_rules(asking, present, rules_anew=rules_anew), *_change(name, changes)]
+    steps = [*_rules(asking, present, closed), *_change(name, changes, late=True, marking=False)]
     yield from steps
     behind = tuple(line for step in steps for line in _looked_over(step, present))
     others = [new for old, new in zip(chains, wanted.chains, strict=True) if old != new]
     rules = [line for c in others for line in (f"flush chain inet {name} {c.name}", *commands.rules(name, c))]
-    yield from _load(name, rules, behind)
-    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules))
+    yield from _load(name, rules, behind, marking=False)
+    yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules), late=True, marking=False)
 
 
 def _difference(nft_set: NftSet, change: ElementChange, taken: Container[str]) -> tuple[NftSet, NftSet]:
@@ -223,18 +267,22 @@ def _from_nothing(wanted: Table, present: Table | None) -> Iterator[Change | Loa
     yield from _load(name, commands.transaction(wanted, before), behind=made)
 
 
-def _load(name: str, lines: Iterable[str], behind: tuple[str, ...] = ()) -> Iterator[Load]:
+def _load(
+    name: str, lines: Iterable[str], behind: tuple[str, ...] = (), *, late: bool = False, marking: bool = True
+) -> Iterator[Load]:
     """One transaction, if there is anything to do."""
     given = tuple(lines)
     if given:
-        yield Load(name, given, behind)
+        yield Load(name, given, behind, late, marking)
 
 
-def _change(name: str, changes: Iterable[ElementChange]) -> Iterator[Change]:
+def _change(
+    name: str, changes: Iterable[ElementChange], *, late: bool = False, marking: bool = True
+) -> Iterator[Change]:
     """The changes that change something, if there are any."""
-    real = tuple(change for change in changes if change.gone or change.new)
+    real = tuple(filter(None, changes))
     if real:
-        yield Change(name, real)
+        yield Change(name, real, late, marking)
 
 
 def _made(wanted: Table, present: Table, new: list[NftSet]) -> Iterator[str]:
@@ -324,4 +372,4 @@ def relisting(then: Table, listing: str, now: Table | None) -> Iterator[Load]:
         return
     flushes = (f"flush {s.keyword} inet {name} {s.name}" for s in now.sets if s.name in types)
     yield Load(name, (f"flush table inet {name}", *flushes, listing))
-    yield from _load(name, _cleared(then, now))
+    yield from _load(name, _cleared(then, now), late=True)

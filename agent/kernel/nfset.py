@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -21,7 +20,7 @@ from agent.kernel.attributes import attribute
 from agent.kernel.elements import pack, stride
 from agent.kernel.netlink import ATTRIBUTE, NETLINK_NETFILTER, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, Netlink
 from agent.kernel.nfnl import ELEMENT_SET, ELEMENTS, NFGENMSG, NFNL_SUBSYS_NFTABLES, OF_TABLE
-from agent.model import ADDRESSES, ElementChange
+from agent.model import ElementChange
 
 NEWSETELEM, DELSETELEM = NFNL_SUBSYS_NFTABLES << 8 | 12, NFNL_SUBSYS_NFTABLES << 8 | 14
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17
@@ -73,11 +72,9 @@ class Nfset:
         self._send(f"change elements in nft table inet {table}", transaction(table, changes))
 
     def change(self, table: str, changes: Sequence[ElementChange]) -> int:
-        """Make all the changes, in as many transactions as it takes for nothing to be wrong between them; how many.
+        """Make all the changes, in as many transactions as it takes for so many elements; how many.
 
-        In the order given what comes, against it what only goes: with the sets of longer prefixes first each packet is
-        at any moment whose it was or whose it is going to be. When one fails those before it are taken back. Raises
-        as `commit` does.
+        When one fails those before it are taken back. Raises as `commit` does.
         """
         done: list[tuple[ElementChange, ...]] = []
         for part in portions(changes, min(TRANSACTION, (self._room - FRAME_ROOM) // ELEMENT_ROOM)):
@@ -100,29 +97,12 @@ class Nfset:
 
 
 def portions(changes: Sequence[ElementChange], size: int) -> Iterator[tuple[ElementChange, ...]]:
-    """Changes as transactions of at most so many elements: what comes, set by set, with the values that it takes the
-    place of, and then what only goes.
-
-    Not at once where sets of one kind of addresses are changed together: a packet asks them one after the other, and is
-    on its way while they change. One that has missed a longer prefix which comes must not find a shorter one that comes
-    with it; what goes is found, or what it hid.
-    """
-    sizes = sum(len(change.gone) + len(change.new) for change in changes)
-    kinds = Counter(change.key for change in changes if change.key in ADDRESSES)
-    if sizes <= size and all(count == 1 for count in kinds.values()):
-        yield tuple(changes)
+    """Changes as transactions of at most so many elements, first of what comes; what is none is left out."""
+    if sum(len(change.gone) + len(change.new) for change in changes) <= size:
+        yield from _batched(changes, size)
         return
-    coming, going = [], []
-    for change in changes:
-        goes = change.going
-        stays: tuple[tuple[str, str], ...] = ()
-        if len(goes.gone) < len(change.gone):
-            left = {*goes.gone}
-            stays = tuple(each for each in change.gone if each not in left)
-        coming.append(replace(change, gone=stays))
-        going.append(goes)
-    yield from ((part,) for change in coming for part in _split(change, size) if part.gone or part.new)
-    yield from _batched((part for change in reversed(going) for part in _split(change, size)), size)
+    yield from _batched((part for change in changes for part in _split(change.but_going, size)), size)
+    yield from _batched((part for change in changes for part in _split(change.going, size)), size)
 
 
 def _split(change: ElementChange, size: int) -> Iterator[ElementChange]:
@@ -148,7 +128,7 @@ def _batched(changes: Iterable[ElementChange], size: int) -> Iterator[tuple[Elem
         if batch and count + more > size:
             yield tuple(batch)
             batch, count = [], 0
-        if more:
+        if change:
             batch.append(change)
             count += more
     if batch:

@@ -23,6 +23,7 @@ from agent.plan import (
     SetSrcValidMark,
     Step,
 )
+from agent.ruleset import CLOSED
 from tests.unit.values import read_back
 
 
@@ -136,9 +137,12 @@ def _commanded(  # noqa: PLR0912 - a case for each command
             del counters[what]
             assert not any(value == f'"{what}"' for item in sets.values() for _, value in item.elements), "EBUSY"
         case ("add", "chain"):
-            assert what not in chains, f"EEXIST: {what}"
-            (chain,) = (chain for chain in wanted.chains if chain.name == what)
-            chains[what] = replace(chain, rules=(), about=())
+            if what == CLOSED:  # put in by each transaction that has to do with it
+                chains.setdefault(what, replace(ruleset.closed(()), rules=()))
+            else:
+                assert what not in chains, f"EEXIST: {what}"
+                (chain,) = (chain for chain in wanted.chains if chain.name == what)
+                chains[what] = replace(chain, rules=(), about=())
         case ("delete", "chain"):
             del chains[what]
             assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"

@@ -449,14 +449,11 @@ def test_one_element_a_key(made: Made) -> None:
 
 
 @pytest.mark.parametrize("mask", [0x3F000000, 0xFF])
-def test_closing(mask: int) -> None:
+def test_closed(mask: int) -> None:
     """While roads change hands a mark's packets are let out nowhere, whatever their other bits are; local ones stay."""
-    (command,) = ruleset.closing("idmark", [Fwmark(mask & -mask, mask)])
-    mark = f"{mask & -mask:#x}/{mask:#x}"
-    assert command == (
-        f'insert rule inet idmark postrouting oifname != "lo" meta mark & {mask:#010x} == {mask & -mask:#010x} drop '
-        f'comment "closed while roads change: {mark}"'
-    )
+    (rule,) = ruleset.closed([Fwmark(mask & -mask, mask)]).rules
+    assert rule.text == f'oifname != "lo" meta mark & {mask:#010x} == {mask & -mask:#010x} drop'
+    assert rule.comment == f"closed while roads change: {mask & -mask:#x}/{mask:#x}"
 
 
 def test_roads() -> None:
