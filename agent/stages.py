@@ -183,8 +183,8 @@ def _phases(changes: Sequence[ElementChange]) -> Iterator[tuple[bool, Sequence[E
         yield False, changes
         return
     yield from ((True, [change.but_going for change in phase]) for phase in coming)
-    yield True, [change.going for change in coming.pop()]
-    yield from ((False, [change.going for change in phase]) for phase in reversed(coming))
+    going = ([change.going for change in phase] for phase in reversed(coming))
+    yield from ((not number, phase) for number, phase in enumerate(filter(any, going)))
 
 
 def _by_differences(
