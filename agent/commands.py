@@ -116,7 +116,7 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
     commands += [f"add counter inet {name} {c}" for c in wanted.counters if c not in there]
     for chain in wanted.chains:
         if chain.name not in fitting_chains:
-            commands.append(chain_command(name, chain))
+            commands.append(f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}")
     for nft_set in wanted.sets:
         if nft_set.name in fitting_sets:
             commands += element_changes(name, nft_set, fitting_sets[nft_set.name])
@@ -128,11 +128,6 @@ def transaction(wanted: Table, present: Table | None, *, rules_anew: bool = Fals
     commands += [f"delete chain inet {name} {chain}" for chain in stale_chains]
     commands += [f"delete counter inet {name} {c}" for c in present.counters if c not in needed]
     return tuple(commands)
-
-
-def chain_command(name: str, chain: Chain) -> str:
-    """The command that makes a chain, without its rules."""
-    return f"add chain inet {name} {chain.name}{f' {{ {chain.hook} }}' if chain.hook else ''}"
 
 
 def rules(name: str, chain: Chain) -> Iterator[str]:

@@ -6,15 +6,14 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
 from agent import ruleset
 from agent.addresses import Family, Prefix
-from agent.commands import chain_command, rules
 from agent.desired import Desired, priority_behind
-from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Chain, Fwmark, Route, Rule, Table
+from agent.model import GOTO, LOOKUP, METRIC_LAST, NOP, UNREACHABLE, Fwmark, Route, Rule, Table
 from agent.stages import Change, Load, replacement, stages
 
 __all__ = ["Change", "Load", "Observed", "Plan", "Step", "plan", "removal", "restoration"]
@@ -27,6 +26,7 @@ class Observed:
     `rules` keep the kernel's order and may hold one twice. `other_tables` are ours from when the policy named the
     table otherwise. `src_valid_mark` are the identities' links on which it takes effect, `src_valid_mark_ours` those
     where we set it. `foreign_routes` are other people's in our routing tables, `addresses` all that links have now.
+    `closed` are the marks that are let out nowhere while roads change; None: no table is there that does.
     """
 
     routes: frozenset[Route] = frozenset()
@@ -37,11 +37,13 @@ class Observed:
     src_valid_mark_ours: frozenset[str] = frozenset()
     foreign_routes: tuple[Route, ...] = ()
     addresses: frozenset[Prefix] = frozenset()
+    closed: frozenset[Fwmark] | None = None
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The names of all nft tables that are ours."""
-        return (*((self.table.name,) if self.table else ()), *self.other_tables)
+        """The names of all nft tables that are ours; what closes comes last."""
+        closed = (ruleset.CLOSED,) if self.closed is not None else ()
+        return (*((self.table.name,) if self.table else ()), *self.other_tables, *closed)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -199,17 +201,22 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
     closed = _handover(desired, observed, wanted)
-    new_marks = (*stages(wanted, observed.table, closed), *map(_delete_table, observed.other_tables))
+    handover = closed is not None
+    new_marks = (
+        *stages(wanted, observed.table, rules_anew=handover),
+        *map(_delete_table, observed.other_tables),
+        *_open(closed, observed),
+    )
     taking_away = (*delete_rules, *delete_routes)
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
             *_wake(observed.table),
-            *(_close(wanted.name, closed) if closed else ()),
+            *_close(closed, observed),
             *(delete_guards if marked else add_guards),
             *add_routes,
             *add_rules,
-            *((*taking_away, *new_marks) if closed else (*new_marks, *taking_away)),
+            *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
             *(add_guards if marked else delete_guards),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
@@ -253,29 +260,39 @@ def _wake(table: Table | None) -> Iterator[Load]:
         yield Load(table.name, (f"add table inet {table.name}",))
 
 
-def _handover(desired: Desired, observed: Observed, wanted: Table) -> Chain | None:
-    """The chain that closes the marks which would meet another one's road on the way; it may be there already, from a
-    plan that was cut short. None: no road changes hands.
+def _handover(desired: Desired, observed: Observed, wanted: Table) -> frozenset[Fwmark] | None:
+    """The marks that would meet another one's road on the way, and those that a plan has closed already which was cut
+    short. None: no road changes hands.
     """
-    present = observed.table
-    if present is None:
+    present, closed = observed.table or Table(wanted.name), observed.closed or frozenset()
+    if not observed.tables:
         return None
     old, new = _Routing.of(observed.rules, observed.routes), _Routing.of(desired.rules, desired.routes)
-    astray = set(_strays(present, wanted, old, new))
-    closed = [*ruleset.marks_closed(present)]
-    if not (astray or any(_strays(wanted, present, new, old)) or closed):
+    astray, known = set(_strays(present, wanted, old, new)), ruleset.roads(present)
+    # Whose marks they are only another table knows, or none that is whole.
+    unknown = {
+        rule.fwmark
+        for rule in observed.rules
+        if rule.fwmark and not any(mark & rule.fwmark.mask == rule.fwmark.value for mark in known)
+    }
+    moved = any(_followed(mark.value, new) not in (_followed(mark.value, old), set()) for mark in unknown)
+    if not (astray or moved or any(_strays(wanted, present, new, old)) or observed.closed is not None):
         return None
     going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
     masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    marks = (mark for mark in ruleset.roads(present) if mark in astray or going.tables(mark))
-    closed += (Fwmark(mark, mask) for mark in marks for mask in sorted(masks) if not mark & ~mask)
-    return ruleset.closed(dict.fromkeys(closed))
+    marks = (mark for mark in known if mark in astray or going.tables(mark))
+    return closed | unknown | {Fwmark(mark, mask) for mark in marks for mask in masks if not mark & ~mask}
 
 
-def _close(name: str, closed: Chain) -> Iterator[Load]:
-    if closed.rules:
-        anew = (chain_command(name, closed), f"flush chain inet {name} {closed.name}", *rules(name, closed))
-        yield Load(name, anew, marking=False)
+def _close(marks: frozenset[Fwmark] | None, observed: Observed) -> Iterator[Load]:
+    """Let out nobody who has one of these marks; nothing where they are closed already."""
+    if marks and marks != observed.closed:
+        yield replace(replacement(ruleset.CLOSED, ruleset.closed(sorted(marks, key=str))), marking=False)
+
+
+def _open(marks: frozenset[Fwmark] | None, observed: Observed) -> Iterator[Load]:
+    if marks or observed.closed is not None:
+        yield replace(replacement(ruleset.CLOSED, ""), late=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,28 +376,26 @@ def restoration(before: Observed, listings: Mapping[str, str], now: Observed) ->
     """
     add_routes, delete_routes = _route_steps(before.routes, now.routes)
     adding, deleting = _rule_steps(frozenset(before.rules), now.rules)
-    names = {table.name for table in (before.table, now.table) if table}
-    gone = [name for name in (*names, *now.other_tables) if name not in listings and name not in before.tables]
-    texts, closing, opening = dict(listings), list[Load](), list[Load]()
-    if now.table and now.table.name in (*listings, *gone):
+    texts = {name: text for name, text in listings.items() if name != ruleset.CLOSED}
+    gone = [name for name in now.tables if name not in (*before.tables, ruleset.CLOSED)]
+    marks = now.closed or frozenset()
+    if now.table and now.table.name in (*texts, *gone):
         masks = {rule.fwmark.mask for rule in now.rules if rule.fwmark}
-        marks = [Fwmark(mark, mask) for mark in ruleset.roads(now.table) for mask in masks if not mark & ~mask]
-        name, closed = now.table.name, ruleset.closed(sorted(marks))
-        closing += _close(name, closed)
-        if closing and name in texts:
-            texts[name] += closing[0].text
-            opening.append(Load(name, (f"delete chain inet {name} {closed.name}",), late=True))
+        marks |= {Fwmark(mark, mask) for mark in ruleset.roads(now.table) for mask in masks if not mark & ~mask}
+    opening: Iterable[Load] = _open(marks, now)
+    if ruleset.CLOSED in listings:  # by a plan that had been cut short
+        opening = [replace(replacement(ruleset.CLOSED, listings[ruleset.CLOSED]), late=True)]
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(before.src_valid_mark_ours - now.src_valid_mark_ours)),
-            *closing,
+            *_close(marks, now),
             *add_routes,
             *adding,
             *(replacement(name, text) for name, text in sorted(texts.items())),
-            *opening,
             *map(_delete_table, sorted(gone)),
             *deleting,
             *delete_routes,
+            *opening,
             *(SetSrcValidMark(link, False) for link in sorted(now.src_valid_mark_ours - before.src_valid_mark_ours)),
         )
     )

@@ -111,10 +111,12 @@ def _observed(
     kernel: Seams, table: str, facts: Facts, routes: frozenset[Route], foreign: tuple[Route, ...] = ()
 ) -> Observed:
     """The same, where routes are known: ours, and those that others have put into our routing tables."""
+    closed = kernel.nfnl.table(ruleset.CLOSED) if ruleset.CLOSED in kernel.nfnl.tables() else None
     return Observed(
         routes=routes,
         rules=kernel.rtnl.our_rules(),
         table=kernel.nfnl.table(table),
+        closed=ruleset.marks_closed(closed) if closed else None,
         other_tables=tuple(name for name in _idmark_tables(kernel) if name != table and _is_ours(kernel, name)),
         src_valid_mark=frozenset(link.name for link in facts.links if link.src_valid_mark),
         src_valid_mark_ours=kernel.sysctls.ours(),
@@ -184,15 +186,16 @@ def mend(chosen: Plan, kernel: Seams) -> Mended:
     """Take the steps of a plan as far as they go, for whoever is going to look again.
 
     One route that the kernel refuses is no reason to leave everything else as it is; but without a step that keeps an
-    identity closed those behind it are not taken.
+    identity closed those behind it are not taken, and where roads change hands nothing is opened behind one that stays.
     """
     taken, refused = list[Step](), list[str]()
     taker = _Taker(kernel)
+    handover = any(isinstance(step, Load) and step.table == ruleset.CLOSED for step in chosen.steps)
     for step in chosen.steps:
         try:
             taker.take(step)
         except KernelError as error:
-            if closes(step):
+            if handover or closes(step):
                 return Mended(tuple(taken), tuple(refused), error)
             refused.append(str(error))
         else:
@@ -282,7 +285,8 @@ class _Taker:
 
     def __init__(self, kernel: Seams) -> None:
         self._kernel = kernel
-        self._unsettled = False
+        # Somebody may have taken steps just before.
+        self._unsettled = True
 
     def take(self, step: Step) -> None:
         """Raises KernelError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -27,9 +28,9 @@ TCP_HEADERS = {Family.IPV4: 40, Family.IPV6: 60}
 
 #: Where the kernel keeps what was loaded, and how it starts.
 DIGEST_CHAIN, DIGEST_COMMENT = "digest", "rules sha256:"
-#: The chain that lets nothing out with certain marks while roads change, just before all else is looked at there; and
-#: how its rules' comments start.
-CLOSED, CLOSED_PRIORITY, CLOSED_COMMENT = "closed", POSTROUTING_PRIORITY - 1, "closed while roads change: "
+#: The table that lets nothing out with certain marks while roads change: one of its own (a policy can't name one so),
+#: which stays whatever becomes of the other; just before all else is looked at there. How its rules' comments start.
+CLOSED, CLOSED_PRIORITY, CLOSED_COMMENT = "idmark-closed", POSTROUTING_PRIORITY - 1, "closed while roads change: "
 
 IS_DNAT_REPLY = "ct status dnat ct direction reply"
 #: What the kernel's own check of sources does where a host has no rules: inet_lookup_ifaddr_rcu() in
@@ -524,28 +525,22 @@ def _misrouted(desired: Desired) -> str:
 # --- on the way from one table to the next ----------------------------------------------------------------------------
 
 
-def closed(marks: Iterable[Fwmark]) -> Chain:
-    """The chain that lets no packet with these marks out; what never leaves this host stays."""
-    return Chain(
-        CLOSED,
-        tuple(
-            Statement(
-                f'oifname != "lo" meta mark & {mark.mask:#010x} == {mark.value:#010x} drop',
-                f"{CLOSED_COMMENT}{mark}",
-            )
-            for mark in marks
-        ),
-        Hook("filter", "postrouting", CLOSED_PRIORITY),
+def closed(marks: Iterable[Fwmark]) -> str:
+    """The table that lets no packet with these marks out; what never leaves this host stays."""
+    rules = tuple(
+        Statement(f'oifname != "lo" meta mark & {m.mask:#010x} == {m.value:#010x} drop', f"{CLOSED_COMMENT}{m}")
+        for m in marks
     )
+    chain = Chain("leaving", rules, Hook("filter", "postrouting", CLOSED_PRIORITY))
+    return "\n".join([f"table inet {CLOSED} {{", *(f"    {line}" for line in chain_lines(chain)), "}"])
 
 
-def marks_closed(present: Table) -> Iterator[Fwmark]:
-    """The marks that a table lets out nowhere, as `closed` has it."""
-    for rule in (rule for chain in present.chains if chain.name == CLOSED for rule in chain.rules):
-        start, _, mark = rule.comment.partition(CLOSED_COMMENT)
-        value, _, mask = mark.partition("/")
-        if mask and not start:
-            yield Fwmark(int(value, 16), int(mask, 16))
+def marks_closed(present: Table) -> frozenset[Fwmark]:
+    """The marks that such a table lets out nowhere."""
+    comments = [rule.comment for chain in present.chains for rule in chain.rules]
+    said = (re.fullmatch(f"{CLOSED_COMMENT}0x([0-9a-f]+)/0x([0-9a-f]+)", comment) for comment in comments)
+    pairs = {(int(found[1], 16), int(found[2], 16)) for found in said if found}
+    return frozenset(Fwmark(value, mask) for value, mask in pairs if value and not value & ~mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,9 +552,7 @@ class Roads:
 
 
 def roads(present: Table) -> dict[int, Roads]:
-    """By which links a table lets packets of each mark leave; nothing where it has no chain to look at them."""
-    if "postrouting" not in {chain.name for chain in present.chains}:
-        return {}
+    """By which links a table lets packets of each mark leave."""
     sets = {nft_set.name: nft_set for nft_set in present.sets}
     detours: dict[int, set[str]] = {}
     for mark, link in _links(sets.get("detour")):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent import model, reconcile, state
+from agent import model, reconcile, ruleset, state
 from agent.addresses import Address, Family, Prefix, parse_address
 from agent.desired import NOBODY
 from agent.model import Facts, Fwmark, Hop, Policy, Route, Rule
@@ -111,7 +111,7 @@ def _restore_exactly(before: Snapshot, kernel: Seams) -> list[str]:
     counts = {name: kernel.nfnl.counts(name) for name in now.tables}
     listings = {}
     for name, text in before.tables.items():
-        if uncounted(kernel.nft.text(name) or "") != uncounted(text):
+        if name == ruleset.CLOSED or uncounted(kernel.nft.text(name) or "") != uncounted(text):
             listings[name] = counted_on(text, counts.get(name, {}))
     names = tuple(before.tables)
     then = Observed(

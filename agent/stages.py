@@ -68,29 +68,23 @@ class Load:
                 yield f"{'-' if words.startswith(('delete ', 'flush ')) else '+'} nft {line}"
 
 
-def stages(wanted: Table, present: Table | None, closed: Chain | None = None) -> Iterator[Change | Load]:
-    """What to do, in order; nothing if the tables are the same.
-
-    `closed` is a chain that is there, too, and let nobody through who has certain marks: then all rules come anew, and
-    it goes when nobody is on his way who has such a mark from the old ones.
-    """
+def stages(wanted: Table, present: Table | None, *, rules_anew: bool) -> Iterator[Change | Load]:
+    """What to do, in order; nothing if the tables are the same."""
     if present is None or not present.chains:
         yield from _from_nothing(wanted, present)
         return
-    if closed:
-        present = replace(present, chains=tuple(chain for chain in present.chains if chain.name != closed.name))
     kept = _kept(wanted, present)
     as_wanted = {s.name: s for s, _ in kept}
     right = replace(present, sets=tuple(_with_elements(s, as_wanted.get(s.name)) for s in present.sets))
-    if not commands.transaction(wanted, right, rules_anew=closed is not None):
+    if not commands.transaction(wanted, right, rules_anew=rules_anew):
         yield from _elements_alone(wanted.name, kept)
         return
     changes = [commands.difference(s, there) for s, there in kept if _is_layer(s)]
     changes = [change for change in changes if change and not _has_all_others(change)]
     if changes:
-        yield from _by_differences(wanted, present, changes, closed)
+        yield from _by_differences(wanted, present, changes, rules_anew=rules_anew)
     else:
-        yield from _rules(wanted, present, closed)
+        yield from _rules(wanted, present, rules_anew=rules_anew)
 
 
 def _kept(wanted: Table, present: Table) -> list[tuple[NftSet, NftSet]]:
@@ -104,7 +98,7 @@ def _is_layer(nft_set: NftSet) -> bool:
     return nft_set.key in ADDRESSES and not nft_set.interval
 
 
-def _rules(wanted: Table, present: Table, closed: Chain | None) -> Iterator[Change | Load]:
+def _rules(wanted: Table, present: Table, *, rules_anew: bool) -> Iterator[Change | Load]:
     """Where no set changes that rules go on asking for addresses: new ones are filled before any rule asks them, old
     ones go when none asks them any more. So do the elements of the others, of marks and links; but what a key stands
     for changes with the rules, for a mark may be about to mean somebody else.
@@ -122,19 +116,13 @@ def _rules(wanted: Table, present: Table, closed: Chain | None) -> Iterator[Chan
     before = _with_made(
         replace(present, sets=_with_more(present.sets, {each.set: each.new for each in coming})), wanted
     )
-    still = (closed,) if closed else ()
-    meanwhile = replace(
-        wanted,
-        sets=_with_more(wanted.sets, {each.set: each.gone for each in going}),
-        chains=(*wanted.chains, *still),
-    )
-    rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=bool(closed))
+    meanwhile = replace(wanted, sets=_with_more(wanted.sets, {each.set: each.gone for each in going}))
+    rules = commands.transaction(_with_stale(meanwhile, before), before, rules_anew=rules_anew)
     yield from _load(name, rules, behind=made)
     gone = [*_change(name, going, late=True, marking=False)]
     yield from gone
     flushes = (line for step in gone for line in _looked_over(step, present))
-    old = replace(present, chains=(*present.chains, *still))
-    yield from _load(name, _cleared(wanted, old), behind=(*made, *rules, *flushes), late=True, marking=False)
+    yield from _load(name, _cleared(wanted, present), behind=(*made, *rules, *flushes), late=True, marking=False)
 
 
 def _with_more(sets: Iterable[NftSet], more: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[NftSet, ...]:
@@ -182,13 +170,13 @@ def _phases(changes: Sequence[ElementChange]) -> Iterator[tuple[bool, Sequence[E
     if len(coming) < 2:
         yield False, changes
         return
-    yield from ((True, [change.but_going for change in phase]) for phase in coming)
+    yield from ((number > 0, [change.but_going for change in phase]) for number, phase in enumerate(coming))
     going = ([change.going for change in phase] for phase in reversed(coming))
     yield from ((not number, phase) for number, phase in enumerate(filter(any, going)))
 
 
 def _by_differences(
-    wanted: Table, present: Table, changes: Sequence[ElementChange], closed: Chain | None
+    wanted: Table, present: Table, changes: Sequence[ElementChange], *, rules_anew: bool
 ) -> Iterator[Change | Load]:
     """Where rules change, and with them sets that they go on asking for addresses.
 
@@ -205,12 +193,12 @@ def _by_differences(
     # Elements that are about to go still lead there.
     left = [Chain(chain.name) for chain in _stale_chains(wanted, present) if chain.name.startswith(LED_TO)]
     asking = replace(wanted, sets=(*sets, *extra), chains=(*chains, *left))
-    steps = [*_rules(asking, present, closed), *_change(name, changes, late=True, marking=False)]
+    steps = [*_rules(asking, present, rules_anew=rules_anew), *_change(name, changes, late=True, marking=False)]
     yield from steps
     behind = tuple(line for step in steps for line in _looked_over(step, present))
     others = [new for old, new in zip(chains, wanted.chains, strict=True) if old != new]
     rules = [line for c in others for line in (f"flush chain inet {name} {c.name}", *commands.rules(name, c))]
-    yield from _load(name, rules, behind, marking=False)
+    yield from _load(name, rules, behind)
     yield from _load(name, _cleared(wanted, asking), behind=(*behind, *rules), late=True, marking=False)
 
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import pytest
 
-from agent import cli, reconcile
+from agent import cli, reconcile, snapshot
 from agent.kernel import KernelError
 from agent.model import Facts
 from agent.plan import Plan, removal
@@ -293,9 +293,11 @@ def renumbered(enforce: object, inside: Table = I_TABLE, outside: Table = O_TABL
     return policy_text(inside, outside, kernel={"enforce": enforce, **kernel})
 
 
+EXCHANGED: tuple[Table, Table] = ({**I_TABLE, "id": 2}, {**O_TABLE, "id": 1})
 #: Each gives an old mark or table to another identity.
 HANDOVERS: dict[str, Callable[[bool], str]] = {
-    "ids": lambda enforce: renumbered(enforce, {**I_TABLE, "id": 2}, {**O_TABLE, "id": 1}),
+    "ids": lambda enforce: renumbered(enforce, *EXCHANGED),
+    "ids-and-name": lambda enforce: renumbered(enforce, *EXCHANGED, nft_table="idmark_2"),
     "table_base": lambda enforce: renumbered(enforce, table_base=4001),
     "mark_mask": lambda enforce: renumbered(enforce, mark_mask=0x7E000000),
     "links": lambda enforce: renumbered(enforce, {**O_TABLE, "id": 1}, {**I_TABLE, "id": 2}),
@@ -363,6 +365,66 @@ def apply_until_killed(admin: Admin, text: str, last: int) -> None:
 
     with reconcile.opened() as kernel:
         reconcile.apply(reconcile.look(admin.write(text), kernel).plan, Watched(kernel, after=kill).seams())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "delete chain inet idmark postrouting",
+        "flush set inet idmark own-link",
+        'delete element inet idmark own-link { 0x01000000 . "vpn0" }',
+    ],
+)
+def test_roads_change_hands_of_marks_that_the_table_knows_nothing_of(
+    gateway: Gateway, gateway_admin: Admin, damage: str
+) -> None:
+    """What is left of a damaged table may mark still; the rules' marks are closed, too, before they lead elsewhere."""
+    gateway_admin.apply(renumbered(enforce=False))
+    gateway.gw.nft(damage)
+    with reconcile.opened() as kernel:
+        plan = reconcile.look(gateway_admin.write(renumbered(False, *EXCHANGED)), kernel).plan
+        reconcile.apply(plan, Watched(kernel, after=lambda number: send_from_everybody(gateway)).seams())
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
+def test_nothing_is_opened_behind_a_refused_step(gateway: Gateway, gateway_admin: Admin) -> None:
+    """The daemon goes on where the kernel refuses a step; not where roads change hands: who is closed stays so."""
+    former, wanted = renumbered(enforce=False), renumbered(False, *EXCHANGED)
+    for refused in itertools.count(1):
+        gateway_admin.apply(former)
+        with reconcile.opened() as kernel:
+            plan = reconcile.look(gateway_admin.write(wanted), kernel).plan
+            if refused > len(plan.steps):
+                break
+
+            def refuse(number: int, refused: int = refused) -> None:
+                if number == refused:
+                    raise KernelError(f"step {number}", "refused")
+
+            watched = Watched(kernel, before=refuse, after=lambda number: send_from_everybody(gateway))
+            assert reconcile.mend(plan, watched.seams()).failure
+        assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0), plan.steps[refused - 1]
+    assert refused > 1
+
+
+@pytest.mark.parametrize("last", [9, 15])
+def test_back_to_where_roads_were_changing_hands(gateway: Gateway, gateway_admin: Admin, last: int) -> None:
+    """A trial that begins where a plan was cut short ends there: who was closed is closed again."""
+    admin, former = gateway_admin, renumbered(enforce=False)
+    admin.apply(former)
+    cut = (admin, renumbered(False, *EXCHANGED), last)
+    killed = multiprocessing.get_context("fork").Process(target=apply_until_killed, args=cut)
+    killed.start()
+    killed.join()
+    with reconcile.opened() as kernel:
+        before = snapshot.take(kernel, admin.write(former))
+        assert "idmark-closed" in before.tables
+        other = admin.write(renumbered(False, {**I_TABLE, "id": 7}))
+        reconcile.apply(reconcile.look(other, kernel).plan, kernel)
+        assert snapshot.restore(before, kernel) == []
+    send_from_everybody(gateway)
+    assert "idmark-closed" in admin.host.run(["nft", "list", "tables"])
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
 
 
 @enforcement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from agent import ruleset
 from agent.addresses import Addresses, Family, parse_address
 from agent.commands import declaration, render
 from agent.desired import Desired
-from agent.model import ElementChange, NftSet, Statement, Table
+from agent.model import Chain, ElementChange, NftSet, Statement, Table
 from agent.plan import (
     AddRoute,
     AddRule,
@@ -23,7 +24,7 @@ from agent.plan import (
     SetSrcValidMark,
     Step,
 )
-from agent.ruleset import CLOSED
+from agent.ruleset import CLOSED, marks_closed
 from tests.unit.values import read_back
 
 
@@ -92,6 +93,12 @@ def _changed(table: Table, changes: Sequence[ElementChange]) -> Table:
 
 
 def _loaded(name: str, commands: tuple[str, ...], now: Observed, wanted: Desired | None) -> Observed:
+    if name == CLOSED:
+        if not commands[-1] or commands == (f"delete table inet {name}",):
+            assert now.closed is not None or commands[0].startswith("add "), f"ENOENT: table {name}"
+            return replace(now, closed=None)
+        rules = tuple(Statement("", comment) for comment in re.findall('comment "(.*)"', commands[-1]))
+        return replace(now, closed=marks_closed(Table(name, chains=(Chain("leaving", rules),))))
     if commands == (f"delete table inet {name}",):
         if now.table and now.table.name == name:
             return replace(now, table=None)
@@ -137,12 +144,9 @@ def _commanded(  # noqa: PLR0912 - a case for each command
             del counters[what]
             assert not any(value == f'"{what}"' for item in sets.values() for _, value in item.elements), "EBUSY"
         case ("add", "chain"):
-            if what == CLOSED:  # put in by each transaction that has to do with it
-                chains.setdefault(what, replace(ruleset.closed(()), rules=()))
-            else:
-                assert what not in chains, f"EEXIST: {what}"
-                (chain,) = (chain for chain in wanted.chains if chain.name == what)
-                chains[what] = replace(chain, rules=(), about=())
+            assert what not in chains, f"EEXIST: {what}"
+            (chain,) = (chain for chain in wanted.chains if chain.name == what)
+            chains[what] = replace(chain, rules=(), about=())
         case ("delete", "chain"):
             del chains[what]
             assert not any(value == f"goto {what}" for item in sets.values() for _, value in item.elements), "EBUSY"

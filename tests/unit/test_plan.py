@@ -130,7 +130,7 @@ def test_only_what_differs(case: Case) -> None:
 @given(cases())
 def test_foreign_things_survive(case: Case) -> None:
     """A plan adds only what is wanted, and deletes only what was seen as ours and is not wanted."""
-    ours = {case.wanted.policy.kernel.nft_table, *case.observed.other_tables}
+    ours = {case.wanted.policy.kernel.nft_table, *case.observed.other_tables, ruleset.CLOSED}
     for step in plan(case.wanted, case.observed).steps:
         match step:
             case AddRoute(added):
@@ -180,7 +180,8 @@ def place(step: Step) -> float:
             return 5.7 if is_guard(rule) else 2
         case Load(name, commands):
             # What wakes a table, or closes an identity for a while, comes before roads are touched.
-            return 0 if commands[0].startswith("insert rule ") or commands == (f"add table inet {name}",) else 3
+            closing = name == ruleset.CLOSED and commands[-1] != ""
+            return 0 if closing or commands == (f"add table inet {name}",) else 3
         case Change():
             return 3
         case DeleteRule(rule):
@@ -275,7 +276,7 @@ def test_never_by_another_link(change: tuple[Desired, Desired]) -> None:
             _assert_own_roads(state, desired)
 
 
-def _kernel(**changes: int) -> Kernel:
+def _kernel(**changes: int | str) -> Kernel:
     return Kernel(enforce=False, **changes)  # type: ignore[arg-type]
 
 
@@ -303,6 +304,9 @@ FIRST = _on(_kernel(), inside=(1, "vpn0"), outside=(2, "wan"))
         pytest.param(_on(_kernel(rule_priority=4001), inside=(1, "wan"), outside=(2, "vpn0")), id="rules-by-one"),
         pytest.param(_on(_kernel(mark_mask=0x3E000000), inside=(1, "vpn0"), outside=(2, "wan")), id="mask-by-one-bit"),
         pytest.param(_on(_kernel(mark_mask=0x3F0000), inside=(1, "wan"), outside=(2, "vpn0")), id="mask-and-links"),
+        pytest.param(
+            _on(_kernel(nft_table="idmark_2"), inside=(2, "vpn0"), outside=(1, "wan")), id="ids-under-another-name"
+        ),
     ],
 )
 def test_roads_change_hands(wanted: Desired) -> None:
@@ -310,7 +314,7 @@ def test_roads_change_hands(wanted: Desired) -> None:
 
     Enforcement, which would drop such packets, is off.
     """
-    now = after(plan(FIRST, NOTHING), NOTHING, FIRST)
+    now = _seen_by(wanted, after(plan(FIRST, NOTHING), NOTHING, FIRST))
     for state in states(plan(wanted, now), now, wanted):
         for resumed in states(plan(wanted, state), state, wanted):
             looked_for = {(rule.family, rule.fwmark) for rule in resumed.rules}
@@ -343,8 +347,7 @@ def _way_out(now: Observed, family: Family, mark: Fwmark) -> set[str]:
 
 
 def _closed_for_a_while(now: Observed, mark: Fwmark) -> bool:
-    rules = [rule for chain in now.table.chains for rule in chain.rules] if now.table else []
-    return f"closed while roads change: {mark}" in {rule.comment for rule in rules}
+    return mark in (now.closed or ())
 
 
 def _in_force(now: Observed, before: Desired | None, wanted: Desired | None) -> Iterator[Desired]:

@@ -210,11 +210,12 @@ class Way:
 
     def go(self, wanted: Desired, most: int, owners: Sequence[Owned]) -> None:
         """To a policy, or so many transactions towards it. Meanwhile every address is one of its owners'."""
-        run = [self.moment()]
+        run, unsettled = [self.moment()], True
         for step in islice((each for whole in plan(wanted, self.now).steps for each in transactions(whole)), most):
-            if is_late(step):
+            if unsettled and is_late(step):
                 check(run, owners)
-                run = run[-1:]
+                run, unsettled = run[-1:], False
+            unsettled |= isinstance(step, Load | Change) and step.marking
             behind = taken(step, self.now, wanted)
             assert self.now.table
             assert behind.table
