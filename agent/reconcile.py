@@ -148,7 +148,7 @@ def apply(chosen: Plan, kernel: Seams) -> None:
         # libnftables and the kernel look the ruleset over before anything is touched.
         for load in _checked(chosen):
             kernel.nft.check("\n".join((*load.behind, load.text)))
-        before = _Before(kernel)
+        before = _Before(chosen, kernel)
         for step in chosen.steps:
             with signals_held():
                 back = before.back_from(step)
@@ -246,11 +246,14 @@ class _Before:
 
     Only the kernel knows what an nft transaction is going to change, and its table is listed before, which takes
     seconds where sets are large: once for all the steps on it that follow one another. When something else lies between
-    two of them, a rule, say, each has to be taken back in its turn.
+    two of them, a rule, say, each has to be taken back in its turn. While marks are closed none has to wait for that:
+    then tables are listed beforehand.
     """
 
-    def __init__(self, kernel: Seams) -> None:
+    def __init__(self, chosen: Plan, kernel: Seams) -> None:
         self._kernel = kernel
+        tables = dict.fromkeys(step.table for step in chosen.steps if isinstance(step, Load | Change))
+        self._ahead = {name: self._listing(name) for name in tables} if ruleset.CLOSED in tables else {}
         # Tables that this plan has made itself, which go as a whole; and those that the steps back restore already.
         self._made: set[str] = set()
         self._listed: set[str] = set()
@@ -261,15 +264,20 @@ class _Before:
             self._listed.clear()
             return step.inverse()
         name = step.table
+        ahead = self._ahead.pop(name, None)
         if name in self._made | self._listed:
             return None
         if isinstance(step, Change):
             return step.inverse()
         if deletes := _plain_inverse(step):
             return deletes
+        listed = ahead or self._listing(name)
+        (self._listed if listed else self._made).add(name)
+        return listed or replacement(name, "")
+
+    def _listing(self, name: str) -> _Listed | None:
         then = self._kernel.nfnl.table(name)
-        (self._listed if then else self._made).add(name)
-        return _Listed(then, self._kernel.nft.text(name) or "") if then else replacement(name, "")
+        return _Listed(then, self._kernel.nft.text(name) or "") if then else None
 
 
 def _plain_inverse(step: Load) -> Load | None:
