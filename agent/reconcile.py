@@ -264,14 +264,15 @@ class _Before:
             self._listed.clear()
             return step.inverse()
         name = step.table
-        ahead = self._ahead.pop(name, None)
         if name in self._made | self._listed:
             return None
-        if isinstance(step, Change):
-            return step.inverse()
-        if deletes := _plain_inverse(step):
-            return deletes
-        listed = ahead or self._listing(name)
+        listed = self._ahead.pop(name, None)
+        if listed is None:
+            if isinstance(step, Change):
+                return step.inverse()
+            if deletes := _plain_inverse(step):
+                return deletes
+            listed = self._listing(name)
         (self._listed if listed else self._made).add(name)
         return listed or replacement(name, "")
 
