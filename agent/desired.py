@@ -201,32 +201,41 @@ def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], b
     return tuple(others), identity.when_down == MAIN
 
 
+def speaks(standing: Standing, family: Family) -> bool:
+    """Whether an identity's packets may leave by its link: members who are to be translated need an address there."""
+    identity = standing.identity
+    return not identity.masquerade or family not in identity.members.families or bool(standing.own(family))
+
+
 def is_open(standing: Standing, family: Family) -> bool:
     """Whether an identity's own link carries it now, as far as can be known."""
     way = standing.way(family)
     return way is not None and not way.closed
 
 
-def roads_changed(before: Desired, after: Desired) -> frozenset[str]:
-    """The identities, by name, whose packets take another road than before: other hops, also those of a detour, or
-    another address that members are translated to.
+#: By identity and family the road that packets take: its hops and the address to translate to; empty where closed.
+Roads = Mapping[tuple[str, Family], tuple[object, ...]]
+
+
+def roads_changed(before: Roads, after: Roads) -> frozenset[tuple[str, Family]]:
+    """The identities, with the families, whose packets take another road than before: other hops, also those of a
+    detour, or another address that members are translated to.
 
     One that is closed now has no road that its connections could take: it is told when it opens again, whatever the
     road was before.
     """
-    known = {identity.name for identity in before.policy.identities}
-    roads = _roads(before)
+    known = {name for name, _ in before}
     return frozenset(
-        name
-        for (name, family), road in _roads(after).items()
-        if road and name in known and road != roads.get((name, family))
+        (name, family)
+        for (name, family), road in after.items()
+        if road and name in known and road != before.get((name, family))
     )
 
 
-def _roads(desired: Desired) -> dict[tuple[str, Family], tuple[object, ...]]:
-    """The road that each identity's packets take now: hops and the address to translate to; empty where closed."""
+def roads(desired: Desired) -> Roads:
+    """The roads that are wanted."""
     by_name = {standing.identity.name: standing for standing in desired.standings}
-    roads: dict[tuple[str, Family], tuple[object, ...]] = {}
+    found: dict[tuple[str, Family], tuple[object, ...]] = {}
     for standing in desired.standings:
         identity = standing.identity
         others, main_last = detours(desired.policy, identity)
@@ -235,11 +244,11 @@ def _roads(desired: Desired) -> dict[tuple[str, Family], tuple[object, ...]]:
                 way = by_name[name].way(family)
                 if way and way.hops:
                     translated = by_name[name].own(family)[:1] if identity.masquerade else ()
-                    roads[identity.name, family] = (way.hops, translated)
+                    found[identity.name, family] = (way.hops, translated)
                     break
             else:
-                roads[identity.name, family] = (MAIN,) if main_last else ()
-    return roads
+                found[identity.name, family] = (MAIN,) if main_last else ()
+    return found
 
 
 def standing_notes(standing: Standing) -> Iterator[str]:
@@ -396,7 +405,7 @@ def _routes(
         source = _source(standing, way.family, there if facts else None)
         yield from _probe_routes(standing, way, source, facts)
         if facts:
-            for route in _connected(facts, {identity.link}, way.family):
+            for route in _connected(facts, {identity.link}, way.family) if speaks(standing, way.family) else ():
                 yield replace(route, table=identity.table)
             for route in downstream_routes(policy, facts, way.family):
                 yield replace(route, table=identity.table)

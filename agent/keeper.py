@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from agent import reconcile, trial
+from agent.addresses import Family
 from agent.applying import DisagreesError, verify
 from agent.chronicle import Chronicle, in_short
-from agent.desired import Desired, roads_changed
+from agent.desired import Desired, Roads, roads, roads_changed
 from agent.flows import flows_of
 from agent.kernel import KernelError
 from agent.kernel.conntrack import Conntrack
@@ -58,9 +59,9 @@ class Keeper:
         self._metrics = metrics
         self._chronicle = chronicle
         self._log = log
-        # What was put in force last, forgotten with its policy; and what was the last time that all of it was.
+        # What was put in force last, forgotten with its policy; and the roads that connections have begun on.
         self._settled: Desired | None = None
-        self._roads: Desired | None = None
+        self._roads: Roads = {}
 
     def take(self, policy: Policy) -> None:
         """From the next pass on keep another policy, which is in force already."""
@@ -104,14 +105,18 @@ class Keeper:
         look = reconcile.look(self.policy, self._kernel, down)
         waits = {index: self._chronicle.due(step, began) - began for index, step in enumerate(look.plan.steps)}
         due = tuple(_due(look.plan.steps, waits))
+        changed = roads_changed(self._roads, wanted := roads(look.desired))
+        opening = {pair: wanted[pair] for pair in changed if not _is_open(*pair, look)}
+        self._forget_flows(opening, look.desired)
+        self._roads = {**self._roads, **opening}
         mended = reconcile.mend(Plan(due), self._kernel)
         complete = len(mended.taken) == len(look.plan.steps)
         self._metrics.passed(time.monotonic() - began, complete)
         self._report(mended.taken, look.desired, moved=moved)
         self._chronicle.noted(look.desired.faults, (*look.notes, *self._kernel.sysctls.notes, *mended.refused))
         if complete:
-            self._forget_flows(look.desired)
-            self._roads = look.desired
+            self._forget_flows(changed - opening.keys(), look.desired)
+            self._roads = wanted
         if not look.plan.steps:
             self._leave_known()
         # What is gone from now on somebody took away, also while there is something that can't be put right.
@@ -141,9 +146,12 @@ class Keeper:
         if undone:
             self._chronicle.repaired(undone)
 
-    def _forget_flows(self, desired: Desired) -> None:
-        """Connections of who has another road now, where the policy wants them to begin anew."""
-        for name in sorted(roads_changed(self._roads, desired) if self._roads else ()):
+    def _forget_flows(self, roads: Iterable[tuple[str, Family]], desired: Desired) -> None:
+        """Connections of who has another road, where the policy wants them to begin anew.
+
+        Where none is open yet that is now: none begins, nor goes on as it was when it opens.
+        """
+        for name in sorted({name for name, _ in roads}):
             if desired.policy.identity(name).flush_flows:
                 try:
                     count = Conntrack().forget(flows_of(name, desired))
@@ -151,6 +159,14 @@ class Keeper:
                     self._log.error("identity %s has another road, and its connections go on: %s", name, error)
                 else:
                     self._log.info("identity %s has another road: %d of its connections are forgotten", name, count)
+
+
+def _is_open(name: str, family: Family, look: Look) -> bool:
+    """Whether an identity's packets have a road now; without any default their table leaves it to main."""
+    table = look.desired.policy.identity(name).table
+    routes = [route for route in look.observed.routes if (route.table, route.family) == (table, family)]
+    defaults = [route for route in routes if not route.destination.length]
+    return not defaults or any(route.hops for route in defaults)
 
 
 def told_apart(taken: Sequence[Step], *, as_before: bool, moved: bool) -> tuple[list[Step], list[Step]]:

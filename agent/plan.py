@@ -82,7 +82,10 @@ class ReplaceRoute:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRoute:
+    """`closing`: a road ends with it, before the rules change that belong to it; otherwise it is late (`is_late`)."""
+
     route: Route
+    closing: bool = False
 
     def lines(self) -> Iterator[str]:
         yield f"- {self.route.family.ip} route delete {self.route}"
@@ -130,6 +133,7 @@ class SetSrcValidMark:
 
 
 RuleStep = TypeVar("RuleStep", AddRule, DeleteRule)
+RouteStep = TypeVar("RouteStep", bound=AddRoute | ReplaceRoute | DeleteRoute)
 Step = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule | SetSrcValidMark | Change | Load
 
 #: How many addresses that were an identity's are refused at most.
@@ -161,7 +165,17 @@ def closes(step: Step) -> bool:
 
 def is_late(step: Step) -> bool:
     """Whether it takes away what packets may want that have been on their way since others were marked otherwise."""
-    return step.late if isinstance(step, Change | Load) else isinstance(step, DeleteRoute | DeleteRule)
+    match step:
+        case Change() | Load():
+            return step.late
+        case DeleteRoute(_, closing):
+            return not closing
+    return isinstance(step, DeleteRule)
+
+
+def unsettles(step: Step) -> bool:
+    """Whether packets may be on their way behind it that have met what was before: late steps wait for those."""
+    return step.marking if isinstance(step, Change | Load) else isinstance(step, DeleteRoute) and step.closing
 
 
 @dataclass(frozen=True)
@@ -189,6 +203,10 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     when all have theirs, and go before: nothing is lost on the way. But where there is no table nobody marks anything:
     then they come first, and what is there stays until the end.
 
+    A road that opens, by a link that a table has had no way by, comes behind the rules that translate and clamp what
+    leaves by it, and one that closes goes before them: a connection that began in between would stay as it began. The
+    identity is closed then anyway, or on its detour.
+
     When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
     which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
     come when nothing is left of the old roads. They are opened when no packet is on its way any more that has its mark
@@ -200,14 +218,18 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
-    closed = _handover(desired, observed, wanted)
+    turning = _turning(desired, observed, wanted)
+    closed = _handover(desired, observed, wanted, turning)
     handover = closed is not None
-    new_marks = (
-        *stages(wanted, observed.table, rules_anew=handover),
+    # Behind closed marks roads may open and close at any time.
+    add_routes, opening = _split(add_routes, frozenset() if handover else turning)
+    delete_routes, closing = _split(delete_routes, frozenset() if handover else turning)
+    new_marks: tuple[Step, ...] = (
+        *_behind(stages(wanted, observed.table, rules_anew=handover), closing=bool(closing)),
         *map(_delete_table, observed.other_tables),
         *_open(closed, observed),
     )
-    taking_away = (*delete_rules, *delete_routes)
+    taking_away: tuple[Step, ...] = (*delete_rules, *delete_routes)
     return Plan(
         (
             *(SetSrcValidMark(link, True) for link in sorted(desired.src_valid_mark - observed.src_valid_mark)),
@@ -216,7 +238,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(delete_guards if marked else add_guards),
             *add_routes,
             *add_rules,
-            *((*taking_away, *new_marks) if handover else (*new_marks, *taking_away)),
+            *(DeleteRoute(step.route, closing=True) for step in closing),
+            *((*taking_away, *new_marks) if handover else (*new_marks, *opening, *taking_away)),
             *(add_guards if marked else delete_guards),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
@@ -260,9 +283,44 @@ def _wake(table: Table | None) -> Iterator[Load]:
         yield Load(table.name, (f"add table inet {table.name}",))
 
 
-def _handover(desired: Desired, observed: Observed, wanted: Table) -> frozenset[Fwmark] | None:
-    """The marks that would meet another one's road on the way, and those that a plan has closed already which was cut
-    short. None: no road changes hands.
+def _turning(desired: Desired, observed: Observed, wanted: Table) -> frozenset[tuple[int, Family, str]]:
+    """Roads that open or close, by routing table, family and link, of packets that have their marks now and then."""
+    if observed.table is None:
+        return frozenset()
+    present, rules = ruleset.roads(observed.table), _Routing.of((*observed.rules, *desired.rules), ())
+    links = {link for each in (present, ruleset.roads(wanted)) for roads in each.values() for link in roads.links}
+    looked_up = {table for mark in present for table in rules.tables(mark)}
+    kept = {(standing.identity.table, family) for standing in desired.standings for family in standing.families}
+    before, after = (
+        {(route.table, route.family, hop.link) for route in routes for hop in route.hops if hop.link in links}
+        for routes in (observed.routes, desired.routes)
+    )
+    return frozenset(road for road in before ^ after if road[0] in looked_up and road[:2] in kept)
+
+
+def _split(
+    steps: Iterable[RouteStep], turning: Set[tuple[int, Family, str]]
+) -> tuple[list[RouteStep], list[RouteStep]]:
+    """Steps about other routes, and those about roads that open or close."""
+    others, these = list[RouteStep](), list[RouteStep]()
+    for step in steps:
+        route = step.new if isinstance(step, ReplaceRoute) else step.route
+        turns = any((route.table, route.family, hop.link) in turning for hop in route.hops)
+        (these if turns else others).append(step)
+    return others, these
+
+
+def _behind(steps: Iterable[Change | Load], *, closing: bool) -> Iterator[Change | Load]:
+    """The first of them waits for whoever is on his way by a road that has been closed."""
+    for number, step in enumerate(steps):
+        yield replace(step, late=True) if closing and not number else step
+
+
+def _handover(
+    desired: Desired, observed: Observed, wanted: Table, turning: Set[tuple[int, Family, str]]
+) -> frozenset[Fwmark] | None:
+    """The marks that would meet another one's road on the way, or one that opens or closes meanwhile; and those that a
+    plan has closed already which was cut short. None: no road changes hands.
     """
     present, closed = observed.table or Table(wanted.name), observed.closed or frozenset()
     if not observed.tables:
@@ -280,7 +338,8 @@ def _handover(desired: Desired, observed: Observed, wanted: Table) -> frozenset[
         return None
     going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
     masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    marks = (mark for mark in known if mark in astray or going.tables(mark))
+    tables = {table for table, _, _ in turning}
+    marks = (mark for mark in known if mark in astray or going.tables(mark) or old.tables(mark) & tables)
     return closed | unknown | {Fwmark(mark, mask) for mark in marks for mask in masks if not mark & ~mask}
 
 
@@ -334,7 +393,7 @@ def _strays(table: Table, other: Table, own: _Routing, others: _Routing) -> Iter
         if mark in elsewhere and elsewhere[mark] != roads:
             links = {roads.own, *_followed(mark, own)}
         else:
-            links = {roads.own, *roads.detours}
+            links = set(roads.links)
         if not _followed(mark, own, others) <= links:
             yield mark
 
@@ -405,13 +464,15 @@ def _delete_table(name: str) -> Load:
     return Load(name, (f"delete table inet {name}",))
 
 
-def _route_steps(desired: frozenset[Route], observed: frozenset[Route]) -> tuple[list[Step], list[Step]]:
+def _route_steps(
+    desired: frozenset[Route], observed: frozenset[Route]
+) -> tuple[list[AddRoute | ReplaceRoute], list[DeleteRoute]]:
     """Steps before the marks change, and steps after."""
     there: dict[object, Route] = {}
     for route in sorted(observed - desired, key=str):
         there.setdefault(route.key, route)
     kept = {route.key for route in observed & desired}
-    before: list[Step] = []
+    before: list[AddRoute | ReplaceRoute] = []
     for route in sorted(desired - observed, key=addition_order):
         old = there.pop(route.key, None) if route.key not in kept else None
         before.append(ReplaceRoute(old, route) if old else AddRoute(route))

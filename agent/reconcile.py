@@ -34,6 +34,7 @@ from agent.plan import (
     is_late,
     plan,
     removal,
+    unsettles,
 )
 from agent.stages import relisting, replacement
 
@@ -302,7 +303,7 @@ class _Taker:
         if self._unsettled and is_late(step):
             passage.wait()
             self._unsettled = False
-        self._unsettled |= isinstance(step, Change | Load) and step.marking
+        self._unsettled |= unsettles(step)
         _take(step, self._kernel)
 
 

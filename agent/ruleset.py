@@ -550,6 +550,11 @@ class Roads:
     own: str
     detours: frozenset[str] = frozenset()
 
+    @property
+    def links(self) -> frozenset[str]:
+        """All of them."""
+        return self.detours | {self.own}
+
 
 def roads(present: Table) -> dict[int, Roads]:
     """By which links a table lets packets of each mark leave."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv6Address
 from pathlib import Path
 
@@ -365,3 +368,51 @@ def test_probe(gateway: Gateway, tmp_path: Path) -> None:
         assert settled(site), site.said()
         assert gateway.gw.ping(WILD["ipv4"], INSIDE["ipv4"])
         assert gateway.isp.counter("foreign4", "bcp38") == 0
+
+
+ANOTHER = "192.0.2.131"
+#: Who of I's arrives at the company, under its addresses of before and after.
+ARRIVALS = f"""
+table inet arrivals {{
+    counter before {{ }}
+    counter after {{ }}
+    chain arriving {{
+        type filter hook prerouting priority -400; policy accept;
+        iifname "gw" udp dport 7001 ip saddr {INSIDE["ipv4"]} counter name before
+        iifname "gw" udp dport 7001 ip saddr {ANOTHER} counter name after
+    }}
+}}
+"""
+
+
+def test_connections_follow_the_address(gateway: Gateway, tmp_path: Path) -> None:
+    """With flush_flows a member's connection that goes on sending has no packet under an address that I had before."""
+    admin, corp = Admin(gateway.gw, tmp_path), gateway.corp
+    inside = {"addresses": "auto", "members": MEMBERS, "masquerade": True, "flush_flows": True}
+    corp.nft(ARRIVALS)
+    done = threading.Event()
+    with (
+        kept(admin, policy_text(inside, kernel={"enforce": False})) as site,
+        gateway.lan.udp(LAN_HOST["ipv4"]) as member,
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def go_on() -> None:
+            while not done.wait(0.0005):
+                with contextlib.suppress(OSError):  # closed meanwhile: a router says so
+                    member.sendto(b"x", (CHOST["ipv4"], 7001))
+
+        sending = pool.submit(go_on)
+        try:
+            assert eventually(lambda: corp.counter("before", "arrivals") > 0), site.said()
+            gateway.gw.ip("address", "delete", f"{INSIDE['ipv4']}/25", "dev", "vpn0")
+            assert eventually(lambda: any("ipv4 is closed" in line for line in site.daemon.log)), site.said()
+            assert settled(site), site.said()
+            before = corp.counter("before", "arrivals")
+            gateway.gw.ip("address", "add", f"{ANOTHER}/25", "dev", "vpn0")
+            assert eventually(lambda: corp.counter("after", "arrivals") > 0), site.said()
+            assert settled(site), site.said()
+        finally:
+            done.set()
+            sending.result()
+        assert corp.counter("before", "arrivals") == before

@@ -282,6 +282,40 @@ def test_no_packet_leaks_while_a_change_is_taken_back(gateway: Gateway, gateway_
     assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
 
 
+@pytest.mark.parametrize(
+    ("ends", "begins"),
+    [
+        pytest.param("address flush dev vpn0 scope global", "", id="addresses"),
+        pytest.param("link set vpn0 down\naddress flush dev vpn0 scope global", "link set vpn0 up", id="link"),
+    ],
+)
+def test_no_member_leaves_untranslated_as_a_road_ends_and_begins(
+    gateway: Gateway, gateway_admin: Admin, ends: str, begins: str
+) -> None:
+    """I's address or link goes and comes: no member leaves under its own name between any two steps that follow.
+
+    The company drops and counts it. Its connection would stay untranslated: the kernel asks for the first packet only.
+    """
+    admin = gateway_admin
+    count_datagrams(gateway)
+    policy = policy_text({**I_TABLE, "addresses": "auto", "next_hop": "none"}, kernel={"enforce": False})
+    admin.apply(policy)
+    neighbours = {far: gateway.corp.ip_json("link", "show", "gw")[0]["address"] for far in CHOST.values()}
+    addresses = [f"address add {INSIDE['ipv4']}/25 dev vpn0", f"address add {INSIDE['ipv6']}/64 dev vpn0 nodad"]
+    reached = [f"neighbour replace {far} lladdr {lladdr} dev vpn0" for far, lladdr in neighbours.items()]
+    with reconcile.opened() as kernel:
+        for lines in ([ends], [begins, *addresses, *reached]):
+            gateway.gw.ip_batch("\n".join(lines))
+            plan = reconcile.look(admin.write(policy), kernel).plan
+            watched = Watched(kernel, after=lambda number: send_from_everybody(gateway, ("member",)))
+            reconcile.apply(plan, watched.seams())
+            assert watched.acts == len(plan.steps) > 0
+        before = sent(gateway)
+        send_from_everybody(gateway, ("member",))
+    assert sent(gateway) - before == 2, "members get out again, in both families"
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
 # --- numbers and links that change hands -----------------------------------------------------------------------------
 
 I_TABLE: Table = {**INSIDE_TABLE, "members": MEMBERS, "masquerade": True}

@@ -272,7 +272,8 @@ ANOTHER = {Family.IPV4: "192.0.2.140", Family.IPV6: "2001:db8:4::140"}
 
 
 def test_openvpn_with_another_address(build_gateway: BuildGateway) -> None:
-    """OpenVPN comes back with another address under load: that one is I from then on, and members speak as it.
+    """OpenVPN comes back with another address under load: that one is I from then on, and members speak as it, from
+    the first packet on, also those whose connections began before.
 
     A program that is bound to the old one gets an error: from IPv4 by itself, from IPv6, which would let it speak on
     (a socket's source is looked at when it is bound, and never again), by a rule.
@@ -280,7 +281,8 @@ def test_openvpn_with_another_address(build_gateway: BuildGateway) -> None:
     gateway = build_gateway("openvpn")
     gateway.write({"addresses": "auto", "flush_flows": True}, kernel=NOT_ENFORCED)
     with daemon(gateway) as it, gateway.host("lan") as lan:
-        with talking(gateway):
+        with talking(gateway) as talk:
+            assert eventually(lambda: talk.taken > 5 * len(talk.sockets))
             reconnect(gateway)
             assert eventually(lambda: all(reaches(gateway, family) for family in Family)), it.log
             assert eventually(lambda: all(as_another(gateway, lan, family) for family in Family)), it.log

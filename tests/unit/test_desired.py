@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent import ruleset
 from agent.addresses import Address, Family, Prefix
-from agent.desired import GUARDED, METRIC_OWN, Desired, Standing, Way, desire, detours, roads_changed
+from agent.desired import GUARDED, METRIC_OWN, Desired, Standing, Way, desire, detours, roads, roads_changed
 from agent.model import (
     GOTO,
     LOOKUP,
@@ -644,20 +644,43 @@ MOVED = replace(VPN, addresses=(LinkAddress(ip_address("192.0.2.131"), 25), *VPN
 )
 def test_roads_changed(before: Facts, after: Facts, changed: set[str]) -> None:
     """A road is its hops, also those of the identity that stands in; one that is closed is told when it opens."""
-    assert roads_changed(desire(TWO_UP, before), desire(TWO_UP, after)) == changed
+    assert names(roads_changed(roads(desire(TWO_UP, before)), roads(desire(TWO_UP, after)))) == changed
+
+
+def names(changed: frozenset[tuple[str, Family]]) -> set[str]:
+    return {name for name, _ in changed}
 
 
 @pytest.mark.parametrize(("masquerade", "changed"), [(False, set()), (True, {"inside"})], ids=["kept", "translated"])
 def test_another_address_to_translate_to(masquerade: bool, changed: set[str]) -> None:
     """Where members are translated, another own address makes another road: the old one's connections are lost."""
     inside = identity("inside", 1, "vpn0", members=["10.9.0.0/24"], masquerade=masquerade)
-    before, after = (desire(policy(inside), host(vpn, LAN)) for vpn in (VPN, MOVED))
-    assert roads_changed(before, after) == changed
+    before, after = (roads(desire(policy(inside), host(vpn, LAN))) for vpn in (VPN, MOVED))
+    assert names(roads_changed(before, after)) == changed
 
 
 def test_roads_of_a_new_identity() -> None:
     """An identity that a new policy brings has had no road that could have changed."""
-    assert roads_changed(desire(policy(INSIDE), GATEWAY), desire(policy(INSIDE, OUTSIDE), GATEWAY)) == set()
+    before, after = (roads(desire(policy(*each), GATEWAY)) for each in ([INSIDE], [INSIDE, OUTSIDE]))
+    assert roads_changed(before, after) == set()
+
+
+def test_no_network_without_an_address_to_translate_to() -> None:
+    """Members who are to be translated don't reach the link's networks either as long as it has no address."""
+    bare = replace(VPN, addresses=VPN.addresses[:1])  # IPv6's comes later, and its networks are there
+    lan = ["10.9.0.0/24", "2001:db8:9::/64"]
+    found = {
+        masquerade: {
+            item.family
+            for item in desire(
+                policy(identity("inside", 1, "vpn0", members=lan, masquerade=masquerade)),
+                host(bare, LAN, routes=("192.0.2.0/25 dev vpn0", "2001:db8:3::/64 dev vpn0")),
+            ).routes
+            if any(hop.link == "vpn0" for hop in item.hops)
+        }
+        for masquerade in (False, True)
+    }
+    assert found == {False: {*Family}, True: {Family.IPV4}}
 
 
 # --- src_valid_mark --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,9 @@ from agent.model import (
     ElementChange,
     Facts,
     Fwmark,
+    Identity,
     Kernel,
+    Link,
     NftSet,
     Policy,
     Route,
@@ -51,6 +54,7 @@ from tests.unit.values import (
     GATEWAY,
     INSIDE,
     OUTSIDE,
+    VPN,
     WAN,
     host,
     hosts,
@@ -169,6 +173,15 @@ def is_guard(rule: Rule) -> bool:
     return rule.action != LOOKUP and not refuses_former(rule)
 
 
+def turns(step: Step, case: Case) -> bool:
+    """Whether a step may open a road: by a link that its table has had none by."""
+    if not isinstance(step, AddRoute | ReplaceRoute):
+        return False
+    route = step.new if isinstance(step, ReplaceRoute) else step.route
+    ways = {(item.table, item.family, hop.link) for item in case.observed.routes for hop in item.hops}
+    return any((route.table, route.family, hop.link) not in ways for hop in route.hops)
+
+
 def place(step: Step) -> float:
     """The place of a kind of step in a plan: make before break."""
     match step:
@@ -186,17 +199,18 @@ def place(step: Step) -> float:
             return 3
         case DeleteRule(rule):
             return 0.5 if is_guard(rule) else 4
-        case DeleteRoute():
-            return 5
+        case DeleteRoute(_, closing):
+            return 2.5 if closing else 5
 
 
 @given(cases())
 def test_make_before_break(case: Case) -> None:
-    """Routes, then rules, then marks; and backwards when taking away.
+    """Routes, then rules, then marks; and backwards when taking away. Roads close before marks change, and may open
+    behind them.
 
     When roads change hands the new marks come last, but for the sysctls: nothing is left then of the old roads.
     """
-    places = [place(step) for step in plan(case.wanted, case.observed).steps]
+    places = [place(step) for step in plan(case.wanted, case.observed).steps if not turns(step, case)]
     if case.observed.table is None:  # where nobody marks anything, members are refused from the beginning to the end
         places = [{0.5: 5.7, 5.7: 0.5}.get(number, number) for number in places]
     handover = [5.5 if number == 3 else number for number in places]
@@ -209,8 +223,9 @@ def test_make_before_break(case: Case) -> None:
 def test_no_handover_on_one_s_own_road(written: Policy, one: Facts, other: Facts) -> None:
     """A host that only changes its routes and addresses breaks nothing before it makes: no mark is ever closed."""
     before, wanted = desire(written, one), desire(written, other)
-    steps = plan(wanted, after(plan(before, NOTHING), NOTHING, before)).steps
-    places = [place(step) for step in steps]
+    now = after(plan(before, NOTHING), NOTHING, before)
+    steps = plan(wanted, now).steps
+    places = [place(step) for step in steps if not turns(step, Case(wanted, before, now))]
     assert places == sorted(places)
     assert not [step for step in steps if isinstance(step, Load) and "closed while" in step.text]
 
@@ -274,6 +289,74 @@ def test_never_by_another_link(change: tuple[Desired, Desired]) -> None:
     for state in states(plan(wanted, now), now, wanted):
         for desired in _in_force(state, before, wanted):
             _assert_own_roads(state, desired)
+
+
+TRANSLATED = identity("inside", 1, "vpn0", members=["10.9.0.0/24", "2001:db8:9::/64"], masquerade=True)
+#: A tunnel as it comes and goes: its link, then its addresses, in either order, and another one.
+TUNNELS = (
+    VPN,
+    replace(VPN, addresses=VPN.addresses[:1]),
+    replace(VPN, addresses=VPN.addresses[1:]),
+    replace(VPN, addresses=()),
+    replace(VPN, addresses=tuple(replace(item, address=item.address + 1) for item in VPN.addresses)),
+    None,
+)
+ROADS = (
+    policy(TRANSLATED, OUTSIDE),
+    policy(replace(TRANSLATED, when_down="outside"), OUTSIDE),
+    policy(replace(TRANSLATED, id=2), replace(OUTSIDE, id=1, when_down="inside")),
+    policy(replace(OUTSIDE, link="vpn0", name="other"), replace(TRANSLATED, link="wan")),
+)
+
+
+@pytest.mark.parametrize("after_tunnel", TUNNELS, ids=str)
+@pytest.mark.parametrize("before_tunnel", TUNNELS, ids=str)
+def test_never_by_a_road_without_translation(before_tunnel: Link | None, after_tunnel: Link | None) -> None:
+    """On the way from one policy or host to another no member leaves by a link that no rule translates for yet, or any
+    more: the connection would stay as it began. Unless it is so before or after, too.
+    """
+    hosts_of = [
+        replace(GATEWAY, links=(*(link for link in GATEWAY.links if link != VPN), *filter(None, [tunnel])))
+        for tunnel in (before_tunnel, after_tunnel)
+    ]
+    for policies_of in itertools.product(ROADS, repeat=2):
+        before, wanted = (desire(each, there) for each, there in zip(policies_of, hosts_of, strict=True))
+        now = after(plan(before, NOTHING), NOTHING, before)
+        untranslated = {each: _untranslated(each) for each in (before, wanted)}
+        *way, last = states(plan(wanted, now), now, wanted)
+        bare = {*_taken(now, untranslated[before]), *_taken(last, untranslated[wanted])}
+        for state in way:
+            for desired in _in_force(state, before, wanted):
+                assert bare.issuperset(_taken(state, untranslated[desired]))
+
+
+Road = tuple[Identity, Family, str]
+
+
+def _untranslated(desired: Desired) -> set[Road]:
+    """Identities whose members are to be translated, but by a family and a link are not."""
+    rules = [rule for chain in ruleset.table(desired).chains if chain.name == "srcnat" for rule in chain.rules]
+    return {
+        (standing.identity, family, road.link)
+        for standing in desired.standings
+        if standing.identity.masquerade
+        for family in standing.families
+        for road in (standing.identity, *detours(desired.policy, standing.identity)[0])
+        if not any(
+            rule.comment.startswith(f"members of {standing.identity.name} leave by {road.link} as ")
+            and f" snat {family.nft} " in rule.text
+            for rule in rules
+        )
+    }
+
+
+def _taken(now: Observed, roads: set[Road]) -> Iterator[tuple[str, Family, str]]:
+    """Those that a mark leads to, if it isn't closed."""
+    for who, family, road in roads:
+        tables = {rule.table for rule in now.rules if (rule.family, rule.fwmark) == (family, who.fwmark)}
+        routes = (item for item in now.routes if item.family is family and item.table in tables)
+        if not _closed_for_a_while(now, who.fwmark) and road in {hop.link for item in routes for hop in item.hops}:
+            yield who.name, family, road
 
 
 def _kernel(**changes: int | str) -> Kernel:
@@ -406,13 +489,19 @@ def test_last_route_first_and_last(case: Case) -> None:
 def test_networks_before_gateways(case: Case) -> None:
     """A link's network is in the table before a route through a gateway in it: the kernel looks the gateway up.
 
-    The default comes last: what is for the hosts behind must not leave by it.
+    The default comes last, behind the networks of links that are nobody's road, too: what is for the hosts behind must
+    not leave by it.
     """
     added = [step.route for step in plan(case.wanted, case.observed).steps if isinstance(step, AddRoute)]
-    order = [
-        (not item.destination.length, any(hop.via for hop in item.hops)) for item in added if item.metric != METRIC_LAST
-    ]
-    assert order == sorted(order)
+    uplinks = {standing.identity.link for each in (case.wanted, case.before) for standing in each.standings}
+    for uplink in uplinks:
+        orders: dict[tuple[int, Family], list[tuple[bool, bool]]] = {}
+        for item in added:
+            links = {hop.link for hop in item.hops}
+            if item.metric != METRIC_LAST and (uplink in links or not links & uplinks):
+                order = (not item.destination.length, any(hop.via for hop in item.hops))
+                orders.setdefault((item.table, item.family), []).append(order)
+        assert all(order == sorted(order) for order in orders.values())
 
 
 @given(cases())
