@@ -201,7 +201,7 @@ def detours(policy: Policy, identity: Identity) -> tuple[tuple[Identity, ...], b
     return tuple(others), identity.when_down == MAIN
 
 
-def speaks(standing: Standing, family: Family) -> bool:
+def may_leave(standing: Standing, family: Family) -> bool:
     """Whether an identity's packets may leave by its link: members who are to be translated need an address there."""
     identity = standing.identity
     return not identity.masquerade or family not in identity.members.families or bool(standing.own(family))
@@ -214,10 +214,10 @@ def is_open(standing: Standing, family: Family) -> bool:
 
 
 #: By identity and family the road that packets take: its hops and the address to translate to; empty where closed.
-Roads = Mapping[tuple[str, Family], tuple[object, ...]]
+RoadsTaken = Mapping[tuple[str, Family], tuple[object, ...]]
 
 
-def roads_changed(before: Roads, after: Roads) -> frozenset[tuple[str, Family]]:
+def roads_changed(before: RoadsTaken, after: RoadsTaken) -> frozenset[tuple[str, Family]]:
     """The identities, with the families, whose packets take another road than before: other hops, also those of a
     detour, or another address that members are translated to.
 
@@ -232,7 +232,7 @@ def roads_changed(before: Roads, after: Roads) -> frozenset[tuple[str, Family]]:
     )
 
 
-def roads(desired: Desired) -> Roads:
+def roads_taken(desired: Desired) -> RoadsTaken:
     """The roads that are wanted."""
     by_name = {standing.identity.name: standing for standing in desired.standings}
     found: dict[tuple[str, Family], tuple[object, ...]] = {}
@@ -405,7 +405,7 @@ def _routes(
         source = _source(standing, way.family, there if facts else None)
         yield from _probe_routes(standing, way, source, facts)
         if facts:
-            for route in _connected(facts, {identity.link}, way.family) if speaks(standing, way.family) else ():
+            for route in _connected(facts, {identity.link}, way.family) if may_leave(standing, way.family) else ():
                 yield replace(route, table=identity.table)
             for route in downstream_routes(policy, facts, way.family):
                 yield replace(route, table=identity.table)

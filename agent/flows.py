@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from agent.addresses import Family, Prefix
@@ -26,7 +26,7 @@ class Flow:
     reply_destination: int
 
 
-def flows_of(name: str, desired: Desired) -> Callable[[Flow], bool]:
+def flows_of(name: str, desired: Desired, families: Set[Family] = frozenset(Family)) -> Callable[[Flow], bool]:
     """Whether a connection goes by the road of an identity: one from it, one translated to it, or one to it.
 
     Connections with the gateway itself and with the hosts behind it are not among them: they go by no road.
@@ -45,6 +45,8 @@ def flows_of(name: str, desired: Desired) -> Callable[[Flow], bool]:
 
     def wanted(flow: Flow) -> bool:
         family = flow.family
+        if family not in families:
+            return False
         if speaks(family, flow.source) or speaks(family, flow.reply_destination):
             return not behind(family, flow.reply_source)
         return speaks(family, flow.destination) and not behind(family, flow.source)

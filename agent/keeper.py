@@ -11,7 +11,7 @@ from agent import reconcile, trial
 from agent.addresses import Family
 from agent.applying import DisagreesError, verify
 from agent.chronicle import Chronicle, in_short
-from agent.desired import Desired, Roads, roads, roads_changed
+from agent.desired import Desired, RoadsTaken, roads_changed, roads_taken
 from agent.flows import flows_of
 from agent.kernel import KernelError
 from agent.kernel.conntrack import Conntrack
@@ -61,7 +61,7 @@ class Keeper:
         self._log = log
         # What was put in force last, forgotten with its policy; and the roads that connections have begun on.
         self._settled: Desired | None = None
-        self._roads: Roads = {}
+        self._roads: RoadsTaken = {}
 
     def take(self, policy: Policy) -> None:
         """From the next pass on keep another policy, which is in force already."""
@@ -105,18 +105,15 @@ class Keeper:
         look = reconcile.look(self.policy, self._kernel, down)
         waits = {index: self._chronicle.due(step, began) - began for index, step in enumerate(look.plan.steps)}
         due = tuple(_due(look.plan.steps, waits))
-        changed = roads_changed(self._roads, wanted := roads(look.desired))
-        opening = {pair: wanted[pair] for pair in changed if not _is_open(*pair, look)}
-        self._forget_flows(opening, look.desired)
-        self._roads = {**self._roads, **opening}
+        changing = self._forget_closed(look)
         mended = reconcile.mend(Plan(due), self._kernel)
         complete = len(mended.taken) == len(look.plan.steps)
         self._metrics.passed(time.monotonic() - began, complete)
         self._report(mended.taken, look.desired, moved=moved)
         self._chronicle.noted(look.desired.faults, (*look.notes, *self._kernel.sysctls.notes, *mended.refused))
         if complete:
-            self._forget_flows(changed - opening.keys(), look.desired)
-            self._roads = wanted
+            self._forget_flows(changing, look.desired)
+            self._roads = roads_taken(look.desired)
         if not look.plan.steps:
             self._leave_known()
         # What is gone from now on somebody took away, also while there is something that can't be put right.
@@ -146,22 +143,34 @@ class Keeper:
         if undone:
             self._chronicle.repaired(undone)
 
-    def _forget_flows(self, roads: Iterable[tuple[str, Family]], desired: Desired) -> None:
-        """Connections of who has another road, where the policy wants them to begin anew.
-
-        Where none is open yet that is now: none begins, nor goes on as it was when it opens.
+    def _forget_closed(self, look: Look) -> frozenset[tuple[str, Family]]:
+        """Forget connections whose road is closed, before another one opens: none begins meanwhile, nor goes on as it
+        was. The roads that are left, and change while they are open.
         """
-        for name in sorted({name for name, _ in roads}):
+        wanted = roads_taken(look.desired)
+        changed = roads_changed(self._roads, wanted)
+        # Only where rules are there already are roads opened behind them.
+        opening = {pair: wanted[pair] for pair in changed if look.observed.table and not _has_road(*pair, look)}
+        self._forget_flows(opening, look.desired)
+        self._roads = {**self._roads, **opening}
+        return changed - opening.keys()
+
+    def _forget_flows(self, changed: Iterable[tuple[str, Family]], desired: Desired) -> None:
+        """Forget connections of who has another road, where the policy wants them to begin anew."""
+        families: dict[str, set[Family]] = {}
+        for name, family in sorted(changed):
+            families.setdefault(name, set()).add(family)
+        for name, those in families.items():
             if desired.policy.identity(name).flush_flows:
                 try:
-                    count = Conntrack().forget(flows_of(name, desired))
+                    count = Conntrack().forget(flows_of(name, desired, those))
                 except KernelError as error:
                     self._log.error("identity %s has another road, and its connections go on: %s", name, error)
                 else:
                     self._log.info("identity %s has another road: %d of its connections are forgotten", name, count)
 
 
-def _is_open(name: str, family: Family, look: Look) -> bool:
+def _has_road(name: str, family: Family, look: Look) -> bool:
     """Whether an identity's packets have a road now; without any default their table leaves it to main."""
     table = look.desired.policy.identity(name).table
     routes = [route for route in look.observed.routes if (route.table, route.family) == (table, family)]
@@ -192,6 +201,8 @@ def _due(steps: Sequence[Step], waits: dict[int, float]) -> Iterator[Step]:
             held = True
         elif not (held and isinstance(step, DeleteRoute)):
             yield step
+        elif closes(step):
+            return
 
 
 def _status(look: Look, *, complete: bool) -> str:

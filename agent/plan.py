@@ -56,13 +56,16 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class AddRoute:
+    """`opening`: a road begins with it, behind the rules that belong to it."""
+
     route: Route
+    opening: bool = False
 
     def lines(self) -> Iterator[str]:
         yield f"+ {self.route.family.ip} route add {self.route}"
 
     def inverse(self) -> Step:
-        return DeleteRoute(self.route)
+        return DeleteRoute(self.route, closing=self.opening)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class ReplaceRoute:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRoute:
-    """`closing`: a road ends with it, before the rules change that belong to it; otherwise it is late (`is_late`)."""
+    """`closing`: a road ends with it, before the rules go that belong to it; otherwise it is late (`is_late`)."""
 
     route: Route
     closing: bool = False
@@ -91,7 +94,7 @@ class DeleteRoute:
         yield f"- {self.route.family.ip} route delete {self.route}"
 
     def inverse(self) -> Step:
-        return AddRoute(self.route)
+        return AddRoute(self.route, opening=self.closing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +160,14 @@ def kind(step: Step) -> str:
 
 
 def closes(step: Step) -> bool:
-    """Whether what comes behind a step would be open without it: a rule, a table's last route, nft's own order."""
-    if isinstance(step, AddRoute | ReplaceRoute):
-        return (step.route if isinstance(step, AddRoute) else step.new).metric == METRIC_LAST
+    """Whether what comes behind a step would be open without it: a rule, a table's last route, the end of a road that
+    is going to lack its rules, nft's own order.
+    """
+    match step:
+        case AddRoute(route) | ReplaceRoute(_, route):
+            return route.metric == METRIC_LAST
+        case DeleteRoute(_, closing):
+            return closing
     return isinstance(step, AddRule | Change | Load)
 
 
@@ -203,9 +211,9 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     when all have theirs, and go before: nothing is lost on the way. But where there is no table nobody marks anything:
     then they come first, and what is there stays until the end.
 
-    A road that opens, by a link that a table has had no way by, comes behind the rules that translate and clamp what
-    leaves by it, and one that closes goes before them: a connection that began in between would stay as it began. The
-    identity is closed then anyway, or on its detour.
+    Where rules change, a road that opens comes behind those that translate and clamp what leaves by it, and one that
+    closes goes before them: a connection that began in between would stay as it began. The identity is closed then
+    anyway, or on its detour; but for one whose roads close and open in one plan, which is closed meanwhile.
 
     When roads change hands (ids are exchanged, tables or the mask move, a link is another's now) there is no order in
     which each mark has its own road at every moment. Then the marks that are there are closed first, and the new ones
@@ -219,6 +227,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
     turning = _turning(desired, observed, wanted)
+    if turning and not any(isinstance(step, Load) for step in stages(wanted, observed.table, rules_anew=False)):
+        turning = frozenset()
     closed = _handover(desired, observed, wanted, turning)
     handover = closed is not None
     # Behind closed marks roads may open and close at any time.
@@ -238,8 +248,8 @@ def plan(desired: Desired, observed: Observed) -> Plan:
             *(delete_guards if marked else add_guards),
             *add_routes,
             *add_rules,
-            *(DeleteRoute(step.route, closing=True) for step in closing),
-            *((*taking_away, *new_marks) if handover else (*new_marks, *opening, *taking_away)),
+            *(replace(step, closing=True) for step in closing),
+            *((*taking_away, *new_marks) if handover else (*new_marks, *map(_opening, opening), *taking_away)),
             *(add_guards if marked else delete_guards),
             *(SetSrcValidMark(link, False) for link in sorted(observed.src_valid_mark_ours - desired.src_valid_mark)),
         )
@@ -283,31 +293,48 @@ def _wake(table: Table | None) -> Iterator[Load]:
         yield Load(table.name, (f"add table inet {table.name}",))
 
 
-def _turning(desired: Desired, observed: Observed, wanted: Table) -> frozenset[tuple[int, Family, str]]:
-    """Roads that open or close, by routing table, family and link, of packets that have their marks now and then."""
+#: A road's begin or end: routing table, family and link; and whether it is that of the default alone.
+Turn = tuple[int, Family, str, bool]
+
+
+def _turning(desired: Desired, observed: Observed, wanted: Table) -> frozenset[Turn]:
+    """The roads that open or close of packets that have their marks before and after."""
     if observed.table is None:
         return frozenset()
-    present, rules = ruleset.roads(observed.table), _Routing.of((*observed.rules, *desired.rules), ())
-    links = {link for each in (present, ruleset.roads(wanted)) for roads in each.values() for link in roads.links}
-    looked_up = {table for mark in present for table in rules.tables(mark)}
-    kept = {(standing.identity.table, family) for standing in desired.standings for family in standing.families}
+    links: dict[tuple[int, Family], Set[str]] = {}
+    present, later = ruleset.roads(observed.table), ruleset.roads(wanted)
+    for family in Family:
+        rules = _Routing.of((rule for rule in observed.rules if rule.family is family), ())
+        for mark, roads in present.items():
+            for table in rules.tables(mark):
+                links[table, family] = links.get((table, family), set()) | roads.links | later.get(mark, roads).links
     before, after = (
-        {(route.table, route.family, hop.link) for route in routes for hop in route.hops if hop.link in links}
+        {turn for route in routes for turn in _turns(route) if turn[2] in links.get((route.table, route.family), ())}
         for routes in (observed.routes, desired.routes)
     )
-    return frozenset(road for road in before ^ after if road[0] in looked_up and road[:2] in kept)
+    kept = {(standing.identity.table, family) for standing in desired.standings for family in standing.families}
+    return frozenset(turn for turn in before ^ after if turn[:2] in kept)
 
 
-def _split(
-    steps: Iterable[RouteStep], turning: Set[tuple[int, Family, str]]
-) -> tuple[list[RouteStep], list[RouteStep]]:
+def _turns(route: Route) -> Iterator[Turn]:
+    """What begins with a route if it is a table's first by its links, or the first default."""
+    for hop in route.hops:
+        yield route.table, route.family, hop.link, False
+        if not route.destination.length:
+            yield route.table, route.family, hop.link, True
+
+
+def _split(steps: Iterable[RouteStep], turning: Set[Turn]) -> tuple[list[RouteStep], list[RouteStep]]:
     """Steps about other routes, and those about roads that open or close."""
     others, these = list[RouteStep](), list[RouteStep]()
     for step in steps:
         route = step.new if isinstance(step, ReplaceRoute) else step.route
-        turns = any((route.table, route.family, hop.link) in turning for hop in route.hops)
-        (these if turns else others).append(step)
+        (others if turning.isdisjoint(_turns(route)) else these).append(step)
     return others, these
+
+
+def _opening(step: AddRoute | ReplaceRoute) -> AddRoute | ReplaceRoute:
+    return replace(step, opening=True) if isinstance(step, AddRoute) else step
 
 
 def _behind(steps: Iterable[Change | Load], *, closing: bool) -> Iterator[Change | Load]:
@@ -316,9 +343,7 @@ def _behind(steps: Iterable[Change | Load], *, closing: bool) -> Iterator[Change
         yield replace(step, late=True) if closing and not number else step
 
 
-def _handover(
-    desired: Desired, observed: Observed, wanted: Table, turning: Set[tuple[int, Family, str]]
-) -> frozenset[Fwmark] | None:
+def _handover(desired: Desired, observed: Observed, wanted: Table, turning: Set[Turn]) -> frozenset[Fwmark] | None:
     """The marks that would meet another one's road on the way, or one that opens or closes meanwhile; and those that a
     plan has closed already which was cut short. None: no road changes hands.
     """
@@ -338,8 +363,13 @@ def _handover(
         return None
     going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
     masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    tables = {table for table, _, _ in turning}
-    marks = (mark for mark in known if mark in astray or going.tables(mark) or old.tables(mark) & tables)
+    turned = {
+        mark
+        for mark, roads in known.items()
+        for table, _, link, _ in turning
+        if table in old.tables(mark) and link in {roads.own, *_followed(mark, old, new)}
+    }
+    marks = (mark for mark in known if mark in astray | turned or going.tables(mark))
     return closed | unknown | {Fwmark(mark, mask) for mark in marks for mask in masks if not mark & ~mask}
 
 

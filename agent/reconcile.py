@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent import IdmarkError, model, ruleset
 from agent import facts as host
@@ -239,7 +239,9 @@ class _Listed:
     text: str
 
     def steps(self, kernel: Seams) -> Iterator[Load]:
-        return relisting(self.then, self.text, kernel.nfnl.table(self.then.name))
+        """Late: who is on his way by a road that has been opened meets the rules that belong to it."""
+        listing = relisting(self.then, self.text, kernel.nfnl.table(self.then.name))
+        return (replace(step, late=True) for step in listing)
 
 
 class _Before:

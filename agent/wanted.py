@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from agent.addresses import Family, Prefix
-from agent.desired import Desired, detours, downstream_routes, speaks
+from agent.desired import Desired, detours, downstream_routes, may_leave
 from agent.given import Given
 from agent.model import Facts, Identity, Route
 from agent.walk import DOWN, GONE, LOCAL, MAIN, OUT, REFUSED, Fate, Networks, hops_of, is_here
@@ -87,7 +87,7 @@ class Wanted:
         """The networks that an identity's packets reach by another way than by default, and by which hops."""
         if identity.name not in self._networks:
             probing = self._probing(identity)
-            connected = self.connected[identity.link] if speaks(self.standings[identity.name], self.family) else ()
+            connected = self.connected[identity.link] if may_leave(self.standings[identity.name], self.family) else ()
             self._networks[identity.name] = Networks((*probing, *connected, *self.behind))
         return self._networks[identity.name]
 

@@ -19,10 +19,11 @@ from typing import Any, cast
 import pytest
 
 from agent import cli, reconcile, snapshot
-from agent.kernel import KernelError
-from agent.model import Facts
-from agent.plan import Plan, removal
-from agent.reconcile import ApplyError
+from agent.addresses import Prefix
+from agent.kernel import KernelError, passage
+from agent.model import Facts, Hop, Route
+from agent.plan import AddRoute, DeleteRoute, Load, Plan, Step, removal
+from agent.reconcile import ApplyError, Seams
 from tests.kernel.admin import INSIDE_TABLE, MEMBERS, OUTSIDE_TABLE, Admin, Table, lay_links, policy_text
 from tests.kernel.conftest import Gateway, Peers
 from tests.kernel.net import CHOST, INSIDE, ISP, LAN_HOST, OUTSIDE, WILD, Host
@@ -313,6 +314,56 @@ def test_no_member_leaves_untranslated_as_a_road_ends_and_begins(
         before = sent(gateway)
         send_from_everybody(gateway, ("member",))
     assert sent(gateway) - before == 2, "members get out again, in both families"
+    assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
+
+
+def test_a_road_that_is_taken_back_ends_before_its_rules(
+    gateway: Gateway, gateway_admin: Admin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken back, a road that had been opened closes, all packets on it get through, and then the rules go."""
+    admin = gateway_admin
+    policy = policy_text({**I_TABLE, "addresses": "auto", "next_hop": "none"})
+    gateway.gw.ip("address", "flush", "dev", "vpn0", "scope", "global")
+    admin.apply(policy)
+    gateway.gw.ip("address", "add", f"{INSIDE['ipv4']}/25", "dev", "vpn0")
+    acts = list[Step | None]()
+    take = reconcile._take
+
+    def taken(step: Step, kernel: Seams) -> None:
+        acts.append(step)
+        take(step, kernel)
+
+    monkeypatch.setattr(reconcile, "_take", taken)
+    monkeypatch.setattr(passage, "wait", lambda: acts.append(None))
+    impossible = AddRoute(Route(Prefix.parse("198.18.0.0/15"), 4001, (Hop("nowhere"),)))
+    with reconcile.opened() as kernel:
+        steps = reconcile.look(admin.write(policy), kernel).plan.steps
+        with pytest.raises(ApplyError, match="what was in force before still is"):
+            reconcile.apply(Plan((*steps, impossible)), kernel)
+    assert any(isinstance(step, AddRoute) and step.opening for step in acts)
+    closed = max(number for number, step in enumerate(acts) if isinstance(step, DeleteRoute) and step.closing)
+    rules = min(number for number, step in enumerate(acts) if isinstance(step, Load) and number > closed)
+    assert None in acts[closed:rules]
+
+
+def test_rules_stay_where_a_road_does(gateway: Gateway, gateway_admin: Admin) -> None:
+    """When the kernel refuses to end a road, a pass leaves the rules that belong to it, and members are translated."""
+    admin = gateway_admin
+    policy = policy_text({**I_TABLE, "addresses": "auto", "next_hop": "none"}, kernel={"enforce": False})
+    admin.apply(policy)
+    gateway.gw.ip("-6", "address", "flush", "dev", "vpn0", "scope", "global")
+    with reconcile.opened() as kernel:
+        plan = reconcile.look(admin.write(policy), kernel).plan
+        ends = [isinstance(step, DeleteRoute) and step.closing for step in plan.steps]
+
+        def refuse(number: int) -> None:
+            if ends[number - 1]:
+                raise KernelError("a road's end", "refused")
+
+        watched = Watched(kernel, before=refuse, after=lambda number: send_from_everybody(gateway, ("member",)))
+        mended = reconcile.mend(plan, watched.seams())
+    assert mended.failure
+    assert len(mended.taken) == ends.index(True)
     assert foreign_sources(gateway) == dict.fromkeys(foreign_sources(gateway), 0)
 
 

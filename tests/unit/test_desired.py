@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from agent import ruleset
 from agent.addresses import Address, Family, Prefix
-from agent.desired import GUARDED, METRIC_OWN, Desired, Standing, Way, desire, detours, roads, roads_changed
+from agent.desired import (
+    GUARDED,
+    METRIC_OWN,
+    Desired,
+    Standing,
+    Way,
+    desire,
+    detours,
+    downstream_routes,
+    roads_changed,
+    roads_taken,
+)
 from agent.model import (
     GOTO,
     LOOKUP,
@@ -28,6 +39,7 @@ from agent.model import (
     Rule,
 )
 from agent.prefixes import lookup
+from agent.wanted import Wanted
 from tests.unit.values import (
     DEFAULTS,
     GATEWAY,
@@ -644,7 +656,7 @@ MOVED = replace(VPN, addresses=(LinkAddress(ip_address("192.0.2.131"), 25), *VPN
 )
 def test_roads_changed(before: Facts, after: Facts, changed: set[str]) -> None:
     """A road is its hops, also those of the identity that stands in; one that is closed is told when it opens."""
-    assert names(roads_changed(roads(desire(TWO_UP, before)), roads(desire(TWO_UP, after)))) == changed
+    assert names(roads_changed(roads_taken(desire(TWO_UP, before)), roads_taken(desire(TWO_UP, after)))) == changed
 
 
 def names(changed: frozenset[tuple[str, Family]]) -> set[str]:
@@ -655,32 +667,42 @@ def names(changed: frozenset[tuple[str, Family]]) -> set[str]:
 def test_another_address_to_translate_to(masquerade: bool, changed: set[str]) -> None:
     """Where members are translated, another own address makes another road: the old one's connections are lost."""
     inside = identity("inside", 1, "vpn0", members=["10.9.0.0/24"], masquerade=masquerade)
-    before, after = (roads(desire(policy(inside), host(vpn, LAN))) for vpn in (VPN, MOVED))
+    before, after = (roads_taken(desire(policy(inside), host(vpn, LAN))) for vpn in (VPN, MOVED))
     assert names(roads_changed(before, after)) == changed
 
 
 def test_roads_of_a_new_identity() -> None:
     """An identity that a new policy brings has had no road that could have changed."""
-    before, after = (roads(desire(policy(*each), GATEWAY)) for each in ([INSIDE], [INSIDE, OUTSIDE]))
+    before, after = (roads_taken(desire(policy(*each), GATEWAY)) for each in ([INSIDE], [INSIDE, OUTSIDE]))
     assert roads_changed(before, after) == set()
 
 
-def test_no_network_without_an_address_to_translate_to() -> None:
+BOTH_LANS = ["10.9.0.0/24", "2001:db8:9::/64"]
+
+
+@pytest.mark.parametrize(
+    ("members", "masquerade", "reached"),
+    [
+        pytest.param(BOTH_LANS, True, {IPV4}, id="translated"),
+        pytest.param(BOTH_LANS, False, {IPV4, IPV6}, id="as-they-are"),
+        pytest.param(BOTH_LANS[:1], True, {IPV4, IPV6}, id="nobody-of-the-family"),
+    ],
+)
+def test_no_network_without_an_address_to_translate_to(
+    members: list[str], masquerade: bool, reached: set[Family]
+) -> None:
     """Members who are to be translated don't reach the link's networks either as long as it has no address."""
-    bare = replace(VPN, addresses=VPN.addresses[:1])  # IPv6's comes later, and its networks are there
-    lan = ["10.9.0.0/24", "2001:db8:9::/64"]
-    found = {
-        masquerade: {
-            item.family
-            for item in desire(
-                policy(identity("inside", 1, "vpn0", members=lan, masquerade=masquerade)),
-                host(bare, LAN, routes=("192.0.2.0/25 dev vpn0", "2001:db8:3::/64 dev vpn0")),
-            ).routes
-            if any(hop.link == "vpn0" for hop in item.hops)
+    inside = identity("inside", 1, "vpn0", members=members, masquerade=masquerade)
+    networks = ("192.0.2.0/25 dev vpn0", "2001:db8:3::/64 dev vpn0")  # those of IPv6 are there before its address is
+    facts = host(replace(VPN, addresses=VPN.addresses[:1]), LAN, routes=networks)
+    desired = desire(policy(inside), facts)
+    own = [item for item in desired.routes if item.destination.length and any(hop.link == "vpn0" for hop in item.hops)]
+    assert {item.family for item in own} == reached
+    for family in Family:
+        wanted = Wanted(family, desired, facts).networks(inside).prefixes
+        assert {item.destination for item in own if item.family is family} == {*wanted} - {
+            item.destination for item in downstream_routes(desired.policy, facts, family)
         }
-        for masquerade in (False, True)
-    }
-    assert found == {False: {*Family}, True: {Family.IPV4}}
 
 
 # --- src_valid_mark --------------------------------------------------------------------------------------------------

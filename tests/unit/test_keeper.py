@@ -6,9 +6,9 @@ import pytest
 
 from agent.addresses import Addresses, Family
 from agent.chronicle import words
-from agent.keeper import told_apart
+from agent.keeper import _due, told_apart
 from agent.model import ElementChange, Rule
-from agent.plan import AddRoute, AddRule, Change, Load, SetSrcValidMark, Step
+from agent.plan import AddRoute, AddRule, Change, DeleteRoute, Load, SetSrcValidMark, Step
 from tests.unit import values
 
 ROUTE = AddRoute(values.last_route(Family.IPV4, 4001))
@@ -33,6 +33,19 @@ def test_told_apart(as_before: bool, moved: bool, undone: list[Step]) -> None:
     """
     followed = [step for step in ALL if step not in undone]
     assert told_apart(ALL, as_before=as_before, moved=moved) == (undone, followed)
+
+
+@pytest.mark.parametrize(
+    ("deleted", "due"),
+    [
+        pytest.param(DeleteRoute(ROUTE.route), [TABLE], id="behind-the-rules"),
+        pytest.param(DeleteRoute(ROUTE.route, closing=True), [], id="before-the-rules"),
+    ],
+)
+def test_due(deleted: Step, due: list[Step]) -> None:
+    """While a route waits none goes that it may take the place of; and the rules wait for a road that is to end."""
+    other = AddRoute(values.route("198.18.0.0/15 dev vpn0", 4001))
+    assert [*_due([other, deleted, TABLE], {0: 1.0, 1: 0.0, 2: 0.0})] == due
 
 
 def test_many_elements_in_few_words() -> None:

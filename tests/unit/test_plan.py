@@ -6,14 +6,17 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import cast
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent import ruleset
+from agent import reconcile, ruleset
 from agent.addresses import Addresses, Family, Prefix, Prefixes
 from agent.desired import Desired, desire, detours
+from agent.kernel import passage
 from agent.layers import MANY
 from agent.model import (
     GOTO,
@@ -29,6 +32,7 @@ from agent.model import (
     Link,
     NftSet,
     Policy,
+    Probe,
     Route,
     Rule,
     Table,
@@ -49,10 +53,13 @@ from agent.plan import (
     plan,
     removal,
 )
+from agent.reconcile import Seams
 from tests.unit.interpreter import after, states, taken
 from tests.unit.values import (
     GATEWAY,
     INSIDE,
+    LAN,
+    LO,
     OUTSIDE,
     VPN,
     WAN,
@@ -174,12 +181,11 @@ def is_guard(rule: Rule) -> bool:
 
 
 def turns(step: Step, case: Case) -> bool:
-    """Whether a step may open a road: by a link that its table has had none by."""
-    if not isinstance(step, AddRoute | ReplaceRoute):
+    """Whether a step may open a road in the place of another: by a link that its table has had none by."""
+    if not isinstance(step, ReplaceRoute):
         return False
-    route = step.new if isinstance(step, ReplaceRoute) else step.route
     ways = {(item.table, item.family, hop.link) for item in case.observed.routes for hop in item.hops}
-    return any((route.table, route.family, hop.link) not in ways for hop in route.hops)
+    return any((step.new.table, step.new.family, hop.link) not in ways for hop in step.new.hops)
 
 
 def place(step: Step) -> float:
@@ -187,7 +193,9 @@ def place(step: Step) -> float:
     match step:
         case SetSrcValidMark(_, on):
             return 0 if on else 6
-        case AddRoute() | ReplaceRoute():
+        case AddRoute(_, opening):
+            return 3.5 if opening else 1
+        case ReplaceRoute():
             return 1
         case AddRule(rule):
             return 5.7 if is_guard(rule) else 2
@@ -328,6 +336,106 @@ def test_never_by_a_road_without_translation(before_tunnel: Link | None, after_t
         for state in way:
             for desired in _in_force(state, before, wanted):
                 assert bare.issuperset(_taken(state, untranslated[desired]))
+
+
+TWO_WANS = replace(GATEWAY, links=(*GATEWAY.links, replace(WAN, name="wan2", addresses=())))
+KEPT = replace(TRANSLATED, when_down="outside")
+THIRD = identity("third", 3, "wan2", members=["10.7.0.0/16"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(policy(TRANSLATED, OUTSIDE), policy(TRANSLATED, replace(OUTSIDE, link="wan2")), id="another-link"),
+        pytest.param(policy(KEPT, OUTSIDE), policy(TRANSLATED, OUTSIDE), id="detour-goes"),
+        pytest.param(policy(TRANSLATED, OUTSIDE), policy(KEPT, OUTSIDE), id="detour-comes"),
+        pytest.param(
+            policy(KEPT, OUTSIDE, replace(THIRD, when_down="outside")),
+            policy(TRANSLATED, OUTSIDE, THIRD),
+            id="detours-go",
+        ),
+        pytest.param(
+            policy(TRANSLATED, OUTSIDE, THIRD),
+            policy(TRANSLATED, replace(OUTSIDE, id=3), replace(THIRD, id=2)),
+            id="ids-of-others-exchanged",
+        ),
+    ],
+)
+def test_who_keeps_his_road_goes_on(one: Policy, other: Policy) -> None:
+    """Whatever roads of others begin and end, change hands or are looked to: who keeps his own is closed at no step."""
+    for before, wanted in itertools.permutations([desire(one, TWO_WANS), desire(other, TWO_WANS)]):
+        now = after(plan(before, NOTHING), NOTHING, before)
+        for state in states(plan(wanted, now), now, wanted):
+            assert not _closed_for_a_while(state, TRANSLATED.fwmark)
+            assert {*(frozenset(_way_out(state, family, TRANSLATED.fwmark)) for family in Family)} == {
+                frozenset({"vpn0"})
+            }
+
+
+IPV4_ALONE = replace(
+    TRANSLATED, members=Prefixes.of([Prefix.parse("10.9.0.0/24")]), addresses=(ip_address("192.0.2.130"),)
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(policy(OUTSIDE), policy(OUTSIDE, TRANSLATED), id="identity"),
+        pytest.param(policy(OUTSIDE, IPV4_ALONE), policy(OUTSIDE, TRANSLATED), id="family"),
+    ],
+)
+def test_marks_come_and_go_on_open_roads(one: Policy, other: Policy) -> None:
+    """Whose marks come has his road before, and whose marks go has it for as long: main carries them on either side."""
+    for before, wanted in itertools.permutations([desire(one, GATEWAY), desire(other, GATEWAY)]):
+        steps = plan(wanted, after(plan(before, NOTHING), NOTHING, before)).steps
+        assert not [step for step in steps if isinstance(step, AddRoute) and step.opening]
+        assert not [step for step in steps if isinstance(step, DeleteRoute) and step.closing]
+
+
+def test_one_road_for_another() -> None:
+    """Where no rule changes one road ends when the other is there: two probes change their minds in one pass."""
+    probe = Probe(ip_address("192.0.2.53"), every=2.0, fail_after=3)
+    written = policy(replace(KEPT, probe=probe), OUTSIDE)
+    tunnel = replace(VPN, addresses=tuple(replace(item, length=item.address.max_prefixlen) for item in VPN.addresses))
+    there = replace(GATEWAY, links=(LO, WAN, tunnel, LAN), routes=GATEWAY.routes)
+    before, wanted = (desire(written, there, {name: "its probe"}) for name in ("inside", "outside"))
+    now = after(plan(before, NOTHING), NOTHING, before)
+    assert [_way_out(now, family, KEPT.fwmark) for family in Family] == [{"wan"}, {"wan"}]
+    for state in states(plan(wanted, now), now, wanted):
+        assert all(_way_out(state, family, KEPT.fwmark) for family in Family)
+
+
+def test_default_behind_the_rules() -> None:
+    """A default by a link whose networks are there opens a road, too: it comes behind the rules that the address of
+    then is in, as the networks do where the link is new.
+    """
+    inside = replace(TRANSLATED, next_hop="auto", addresses=None)
+    default = "0.0.0.0/0 via 192.0.2.129 dev vpn0 metric 50"
+    network = "192.0.2.128/25 dev vpn0"
+    moved = replace(VPN, addresses=(replace(VPN.addresses[0], address=ip_address("192.0.2.131")), *VPN.addresses[1:]))
+    before = desire(policy(inside), host(LO, VPN, LAN, routes=(network,)))
+    wanted = desire(policy(inside), host(LO, moved, LAN, routes=(network, default)))
+    steps = plan(wanted, after(plan(before, NOTHING), NOTHING, before)).steps
+    rules = [number for number, step in enumerate(steps) if isinstance(step, Load) and "192.0.2.131" in step.text]
+    (opening,) = (number for number, step in enumerate(steps) if isinstance(step, AddRoute) and step.opening)
+    assert rules
+    assert max(rules) < opening
+
+
+def test_rules_wait_for_who_has_taken_a_road_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of a road and the rules that it needed all packets are through; so it is on the way back."""
+    before = desire(policy(TRANSLATED), host(LO, VPN, LAN))
+    wanted = desire(policy(TRANSLATED), host(LO, replace(VPN, addresses=()), LAN))
+    now = after(plan(before, NOTHING), NOTHING, before)
+    taken_steps = list[Step | None]()
+    monkeypatch.setattr(passage, "wait", lambda: taken_steps.append(None))
+    monkeypatch.setattr(reconcile, "_take", lambda step, _: taken_steps.append(step))
+    # What has been waited for before a road ends doesn't count.
+    reconcile.mend(Plan((DeleteRule(MARKED), *plan(wanted, now).steps)), cast(Seams, None))
+    ends = [number for number, step in enumerate(taken_steps) if isinstance(step, DeleteRoute) and step.closing]
+    rules = [number for number, step in enumerate(taken_steps) if isinstance(step, Load | Change)]
+    assert ends
+    assert None in taken_steps[max(ends) : min(rules)]
 
 
 Road = tuple[Identity, Family, str]
