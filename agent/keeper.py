@@ -77,6 +77,7 @@ class Keeper:
         down = self._prober.down
         look = reconcile.look(policy, self._kernel, down)
         HostError.check(look.desired)
+        self._forget_closed(look)
         reconcile.apply(look.plan, self._kernel)
         try:
             verify(policy, self._kernel, down)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -299,7 +300,7 @@ Turn = tuple[int, Family, str, bool]
 
 def _turning(desired: Desired, observed: Observed, wanted: Table) -> frozenset[Turn]:
     """The roads that open or close of packets that have their marks before and after."""
-    if observed.table is None:
+    if observed.table is None or observed.routes == desired.routes:
         return frozenset()
     links: dict[tuple[int, Family], Set[str]] = {}
     present, later = ruleset.roads(observed.table), ruleset.roads(wanted)
@@ -363,13 +364,13 @@ def _handover(desired: Desired, observed: Observed, wanted: Table, turning: Set[
         return None
     going = _Routing.of((rule for rule in observed.rules if rule not in desired.rules), ())
     masks = {desired.policy.kernel.mark_mask, *(rule.fwmark.mask for rule in observed.rules if rule.fwmark)}
-    turned = {
+    turned = {(table, link) for table, _, link, _ in turning}
+    astray |= {
         mark
         for mark, roads in known.items()
-        for table, _, link, _ in turning
-        if table in old.tables(mark) and link in {roads.own, *_followed(mark, old, new)}
+        if turned & set(itertools.product(old.tables(mark), {roads.own, *_followed(mark, old, new)}))
     }
-    marks = (mark for mark in known if mark in astray | turned or going.tables(mark))
+    marks = (mark for mark in known if mark in astray or going.tables(mark))
     return closed | unknown | {Fwmark(mark, mask) for mark in marks for mask in masks if not mark & ~mask}
 
 
