@@ -227,16 +227,18 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     add_rules, add_guards = _apart(adding)
     delete_rules, delete_guards = _apart(deleting)
     marked = observed.table is not None
-    turning = _turning(desired, observed, wanted)
-    if turning and not any(isinstance(step, Load) for step in stages(wanted, observed.table, rules_anew=False)):
-        turning = frozenset()
+    staged = [*stages(wanted, observed.table, rules_anew=False)]
+    rules_change = any(isinstance(step, Load) for step in staged)
+    turning = _turning(desired, observed, wanted) if rules_change else frozenset[Turn]()
     closed = _handover(desired, observed, wanted, turning)
     handover = closed is not None
-    # Behind closed marks roads may open and close at any time.
-    add_routes, opening = _split(add_routes, frozenset() if handover else turning)
-    delete_routes, closing = _split(delete_routes, frozenset() if handover else turning)
+    if handover:
+        staged = [*stages(wanted, observed.table, rules_anew=True)]
+        turning = frozenset()  # behind closed marks roads may open and close at any time
+    add_routes, opening = _split(add_routes, turning)
+    delete_routes, closing = _split(delete_routes, turning)
     new_marks: tuple[Step, ...] = (
-        *_behind(stages(wanted, observed.table, rules_anew=handover), closing=bool(closing)),
+        *_behind(staged, closing=bool(closing)),
         *map(_delete_table, observed.other_tables),
         *_open(closed, observed),
     )
@@ -300,7 +302,7 @@ Turn = tuple[int, Family, str, bool]
 
 def _turning(desired: Desired, observed: Observed, wanted: Table) -> frozenset[Turn]:
     """The roads that open or close of packets that have their marks before and after."""
-    if observed.table is None or observed.routes == desired.routes:
+    if observed.table is None:
         return frozenset()
     links: dict[tuple[int, Family], Set[str]] = {}
     present, later = ruleset.roads(observed.table), ruleset.roads(wanted)

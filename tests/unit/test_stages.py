@@ -17,7 +17,7 @@ from agent.addresses import Family, Prefix
 from agent.desired import Desired, desire
 from agent.kernel.nfset import portions
 from agent.model import Kernel, Table
-from agent.plan import Change, Load, Observed, Step, is_late, plan
+from agent.plan import Change, Load, Observed, Step, is_late, plan, unsettles
 from tests.unit.interpreter import after, taken
 from tests.unit.values import GATEWAY, identity, policy
 
@@ -215,7 +215,7 @@ class Way:
             if unsettled and is_late(step):
                 check(run, owners)
                 run, unsettled = run[-1:], False
-            unsettled |= isinstance(step, Load | Change) and step.marking
+            unsettled |= unsettles(step)
             behind = taken(step, self.now, wanted)
             assert self.now.table
             assert behind.table
